@@ -1,0 +1,1 @@
+"""Measure latency so that the numbers hold up."""

@@ -1,0 +1,1 @@
+"""Run the segments of a bundle concurrently."""
