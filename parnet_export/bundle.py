@@ -9,7 +9,7 @@ either the bundle before or the bundle after.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,7 +65,7 @@ class Provenance:
     seed: int | None = None
     activation: str = ""
     level: str = ""
-    tools: dict[str, str] = msgspec.field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     created: str = ""
 
@@ -185,7 +185,7 @@ def _decode(path: Path, content: bytes, remake: str) -> Manifest:
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise InputError(
                 path,
-                f"has schema version {version}, and this parnet-export reads up to {SCHEMA_VERSION}",
+                f"has schema version {version}; this version reads up to {SCHEMA_VERSION}",
                 "Upgrade parnet-export",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
