@@ -9,9 +9,10 @@ either the bundle before or the bundle after.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
@@ -21,10 +22,15 @@ from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
-_DIGEST_DIGITS = 16
+
+_NO_DIGEST = "0" * 64
+_MANIFEST_DIGEST = re.compile(rb'(?<="manifest_sha256": ")[0-9a-f]{64}(?=")')
+_REMAKE = "Make it again with `parnet-export split-streams`"
 
 Precision = Literal["fp32", "fp16"]
 WeightsOrigin = Literal["trained", "random", "unknown"]
@@ -48,6 +54,8 @@ class Provenance:
         The seed of random weights.
     activation
         The activation and how it was chosen; empty where the source does not tell.
+    architecture
+        One line about the structure; empty for ONNX files.
     level
         How far the network was fused: ``"none"``, ``"repvgg"``, ``"full"``; empty for ONNX files.
     tools
@@ -64,10 +72,16 @@ class Provenance:
     weights: WeightsOrigin = "unknown"
     seed: int | None = None
     activation: str = ""
+    architecture: str = ""
     level: str = ""
     tools: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     created: str = ""
+
+    @property
+    def label(self) -> str:
+        """The network's name for people, marked when its weights are random."""
+        return self.network + (" (random weights)" if self.weights == "random" else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,11 @@ class Manifest:
         Digest and size of every file named above.
     provenance
         Where the numbers come from.
+    split_error
+        Largest relative error of the segments, run one after another, against the
+        whole graph when the bundle was written; None if that was not verified.
+    manifest_sha256
+        Digest of ``bundle.json`` itself, taken with zeros in place of these digits.
     """
 
     schema_version: int
@@ -115,6 +134,8 @@ class Manifest:
     weights: str
     files: dict[str, StoredFile]
     provenance: Provenance
+    split_error: float | None = None
+    manifest_sha256: str = _NO_DIGEST
 
 
 @dataclass(frozen=True)
@@ -140,10 +161,7 @@ class Bundle:
     @property
     def label(self) -> str:
         """The network's name for tables, marked when its weights are random."""
-        origin = self.manifest.provenance
-        return (
-            f"{origin.network} (random weights)" if origin.weights == "random" else origin.network
-        )
+        return self.manifest.provenance.label
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -155,31 +173,51 @@ def open_bundle(path: Path) -> Bundle:
         When `path` is no bundle, its schema is newer than this version reads,
         or a file is missing or changed.
     """
-    remake = "Make it again with `parnet-export split-streams`"
-    manifest_path = path / MANIFEST_NAME
+    content = _read_manifest(path)
+    while True:
+        try:
+            return _open(path, content)
+        except InputError:
+            # A writer may have committed a newer version, and cleared this one, meanwhile.
+            latest = _read_manifest(path)
+            if latest == content:
+                raise
+            content = latest
+
+
+def _read_manifest(path: Path) -> bytes:
     try:
-        content = manifest_path.read_bytes()
+        return (path / MANIFEST_NAME).read_bytes()
     except FileNotFoundError as error:
-        if not path.exists():
-            problem = "does not exist"
-        elif path.is_dir():
+        if path.is_dir():
             problem = f"is a folder without {MANIFEST_NAME}, so it is not a bundle"
         else:
-            problem = "is not a bundle"
-        raise InputError(path, problem, remake) from error
+            problem = "does not exist"
+        raise InputError(path, problem, _REMAKE) from error
+    except NotADirectoryError as error:
+        raise InputError(path, "is not a folder, so it is not a bundle", _REMAKE) from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(path, f"is not a readable bundle ({reason})", remake) from error
-    manifest = _decode(manifest_path, content, remake)
-    _check_files(path, manifest.files, remake)
+        raise InputError(path, f"is not a readable bundle ({reason})", _REMAKE) from error
+
+
+def _open(path: Path, content: bytes) -> Bundle:
+    manifest = _decode(path / MANIFEST_NAME, content)
+    _check_files(path, manifest.files)
     try:
         graph = StreamGraph(manifest.inputs, manifest.outputs, manifest.segments)
     except ValueError as error:
-        raise InputError(manifest_path, f"is inconsistent: {error}", remake) from error
+        raise InputError(path / MANIFEST_NAME, f"is inconsistent: {error}", _REMAKE) from error
     return Bundle(path, manifest, graph)
 
 
-def _decode(path: Path, content: bytes, remake: str) -> Manifest:
+def _encode(manifest: Manifest) -> bytes:
+    blank = replace(manifest, manifest_sha256=_NO_DIGEST)
+    content = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    return _MANIFEST_DIGEST.sub(hashlib.sha256(content).hexdigest().encode(), content)
+
+
+def _decode(path: Path, content: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(content, type=dict[str, object]).get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -189,56 +227,85 @@ def _decode(path: Path, content: bytes, remake: str) -> Manifest:
                 "Upgrade parnet-export",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(path, f"is damaged ({error})", remake) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(path, f"is damaged ({error})", _REMAKE) from error
+    blank = _MANIFEST_DIGEST.sub(_NO_DIGEST.encode(), content)
+    if hashlib.sha256(blank).hexdigest() != manifest.manifest_sha256:
+        raise InputError(path, "is not the file that was written (its digest differs)", _REMAKE)
     named = {manifest.whole, *manifest.segment_files.values(), manifest.weights} - {""}
     unlisted = sorted(named - set(manifest.files))
-    if unlisted or {s.name for s in manifest.segments} != set(manifest.segment_files):
-        raise InputError(path, f"is damaged (files not listed: {name_some(unlisted)})", remake)
+    if unlisted:
+        raise InputError(path, f"lists no digest of {name_some(unlisted)}", _REMAKE)
+    if {segment.name for segment in manifest.segments} != set(manifest.segment_files):
+        raise InputError(path, "does not name one file for each segment", _REMAKE)
     return manifest
 
 
-def _check_files(path: Path, expected: Mapping[str, StoredFile], remake: str) -> None:
+def _check_files(path: Path, expected: Mapping[str, StoredFile]) -> None:
     for name, stored in expected.items():
-        file = path / name
-        if Path(name).name != name:
+        if name in {"", ".", ".."} or set(name) & set("/\\:\0"):
             raise InputError(
-                path / MANIFEST_NAME, f"names a file outside the bundle: {name}", remake
+                path / MANIFEST_NAME, f"names a file outside the bundle: {name!r}", _REMAKE
             )
+        file = path / name
         try:
             size_bytes = file.stat().st_size
             digest = files.sha256_of(file) if size_bytes == stored.size_bytes else ""
         except OSError as error:
             reason = error.strerror or str(error)
-            raise InputError(file, f"cannot be read ({reason})", remake) from error
+            raise InputError(file, f"cannot be read ({reason})", _REMAKE) from error
         if digest != stored.sha256:
-            raise InputError(file, "is not the file that was written (its digest differs)", remake)
+            raise InputError(file, "is not the file that was written (its digest differs)", _REMAKE)
 
 
 class BundleWriter:
     """Collects the files of a bundle and commits them at once.
 
-    Files that already lie in the folder under their content's name are kept.
+    A context manager: what was added and not committed is removed on leaving.
     Until `commit`, a reader of the folder sees what was there before; after it,
-    files that the new manifest does not name are removed.
+    the files of the earlier version are gone. Files that no writer made are
+    never touched. One writer at a time may work on a folder.
 
     Parameters
     ----------
     path
         The bundle's folder. It is created when the first file is added.
+
+    Raises
+    ------
+    InputError
+        When `path` is a file, or a folder with files in it that is not a bundle.
     """
 
     def __init__(self, path: Path) -> None:
         if path.is_file():
             raise InputError(path, "is a file", "Give the name of a folder with --out")
-        if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST_NAME).exists():
-            foreign = [p.name for p in path.iterdir() if not _is_ours(p.name)]
-            if foreign:
-                raise InputError(
-                    path, "is a folder with other files in it", "Choose a new or empty folder"
-                )
         self._path = path
-        self._files: dict[str, StoredFile] = {}
+        self._existed = path.is_dir()
+        self._added: dict[str, StoredFile] = {}
+        self._previous: frozenset[str] = frozenset()
+        if not self._existed:
+            return
+        manifest = path / MANIFEST_NAME
+        if manifest.exists():
+            # A damaged manifest does not keep anyone from making the bundle again.
+            with contextlib.suppress(InputError):
+                self._previous = frozenset(_decode(manifest, _read_manifest(path)).files)
+        elif any(not self._is_ours(entry) for entry in path.iterdir()):
+            raise InputError(
+                path, "is a folder with other files in it", "Choose a new or empty folder"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.discard()
 
     @property
     def path(self) -> Path:
@@ -253,43 +320,55 @@ class BundleWriter:
             return self.add_file(stem, suffix, temporary)
 
     def add_file(self, stem: str, suffix: str, temporary: Path) -> str:
-        """Move a finished file of the same file system in as ``<stem>-<digest><suffix>``."""
+        """Move a finished file of the same folder in as ``<stem>-<digest><suffix>``."""
         digest = files.sha256_of(temporary)
-        name = f"{stem}-{digest[:_DIGEST_DIGITS]}{suffix}"
-        self._files[name] = StoredFile(digest, temporary.stat().st_size)
+        name = files.content_name(stem, digest, suffix)
+        self._added[name] = StoredFile(digest, temporary.stat().st_size)
         files.move_into_place(temporary, self._path / name)
         return name
 
     def commit(self, manifest: Manifest) -> Bundle:
-        """Write the manifest, which makes the new version the bundle, and clear the rest."""
-        complete = replace(manifest, files=dict(self._files))
-        content = msgspec.json.format(msgspec.json.encode(complete), indent=2)
-        files.write_bytes(self._path / MANIFEST_NAME, content + b"\n")
-        self._clear(keep=set(self._files))
-        return open_bundle(self._path)
+        """Write the manifest, which makes the new version the bundle, and clear the rest.
+
+        Parameters
+        ----------
+        manifest
+            What the bundle holds; `Manifest.files` is filled in here.
+
+        Raises
+        ------
+        InputError
+            When an added file has changed or gone since it was added, or the
+            manifest cannot be written. The bundle is as it was before.
+        """
+        complete = replace(manifest, files=dict(self._added))
+        content = _encode(complete)
+        bundle = _open(self._path, content)
+        files.write_bytes(self._path / MANIFEST_NAME, content)
+        stale = self._previous - set(self._added)
+        self._previous = frozenset(self._added)
+        self._clear(stale)
+        return bundle
 
     def discard(self) -> None:
-        """Remove what was added and is not part of the bundle that was there before."""
-        if not self._path.is_dir():
-            return
-        manifest = self._path / MANIFEST_NAME
-        if manifest.exists():
-            self._clear(keep=set(_decode(manifest, manifest.read_bytes(), "").files))
-        else:
-            self._clear(keep=set())
+        """Remove what was added and is not part of the bundle; after `commit`, nothing is."""
+        self._clear(frozenset(self._added) - self._previous)
+        if not self._existed:
             with contextlib.suppress(OSError):
                 self._path.rmdir()  # only if nothing else lies in it
 
-    def _clear(self, keep: set[str]) -> None:
-        for leftover in self._path.iterdir():
-            if leftover.name not in keep and _is_ours(leftover.name):
-                leftover.unlink(missing_ok=True)
+    def _clear(self, stale: frozenset[str]) -> None:
+        """Remove `stale` files and what writers that died have left behind."""
+        if not self._path.is_dir():
+            return
+        for entry in self._path.iterdir():
+            if entry.name not in self._previous and (entry.name in stale or self._is_ours(entry)):
+                with contextlib.suppress(OSError):
+                    entry.unlink()
 
-
-def _is_ours(name: str) -> bool:
-    stem, dot, suffix = name.rpartition(".")
-    digest = stem.rpartition("-")[2]
-    written = len(digest) == _DIGEST_DIGITS and set(digest) <= set("0123456789abcdef")
-    return name.endswith(files.TEMPORARY_SUFFIX) or (
-        bool(dot) and suffix in {"onnx", "bin"} and written
-    )
+    @staticmethod
+    def _is_ours(entry: Path) -> bool:
+        """Tell whether a writer made a file: it is unfinished, or named by its own content."""
+        return (files.is_temporary(entry.name) and entry.is_file()) or files.is_named_by_content(
+            entry
+        )

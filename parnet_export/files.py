@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 from typing import IO, TYPE_CHECKING
 
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every unfinished file, so that leftovers can be recognised."""
 
-_CHUNK_BYTES = 1 << 20
-
+_DIGEST_DIGITS = 16
+_CONTENT_NAME = re.compile(r".+-([0-9a-f]{16})\.\w+", re.DOTALL)
+_TEMPORARY_NAME = re.compile(r"\..+-[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX))
 
 _WRITE_ERRORS = frozenset(
     {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOSPC}
-    | {errno.ENOTDIR, errno.EISDIR, errno.EPERM, errno.EROFS}
+    | {errno.ENOTDIR, errno.EISDIR, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 )
 
 
@@ -36,6 +38,11 @@ def unwritable(path: Path, error: OSError) -> InputError:
     """Return the message for a place that cannot be written to."""
     reason = error.strerror or str(error)
     return InputError(path, f"cannot be written ({reason})", "Free space or choose another place")
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file name is one that `temporary_sibling` gives."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -52,7 +59,10 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         yield temporary
     except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
+        # The body may also read other files, whose errors are not about this place.
+        # Errors of writing to an open file carry no name.
+        about_this_place = error.filename in {None, str(temporary), str(path)}
+        if error.errno not in _WRITE_ERRORS or not about_this_place:
             raise
         raise unwritable(path, error) from error
     finally:
@@ -102,11 +112,8 @@ def write_text(path: Path, content: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content as hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_directory(path: Path) -> None:
@@ -115,3 +122,27 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def content_name(stem: str, digest: str, suffix: str) -> str:
+    """Return ``<stem>-<digest><suffix>``, the name of a file that never changes.
+
+    Parameters
+    ----------
+    stem, suffix
+        Start and end of the name, such as ``"weights"`` and ``".bin"``.
+    digest
+        SHA-256 of the content, of which the name takes the first 16 digits.
+    """
+    return f"{stem}-{digest[:_DIGEST_DIGITS]}{suffix}"
+
+
+def is_named_by_content(path: Path) -> bool:
+    """Tell whether a readable file has a name that `content_name` gives for its content."""
+    named = _CONTENT_NAME.fullmatch(path.name)
+    if named is None or path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return sha256_of(path).startswith(named[1])
+    except OSError:
+        return False

@@ -1,0 +1,159 @@
+"""Count what a PyTorch module costs, without weights or data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from parnet_export.models.catalog import CATALOG
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+    from parnet_export.network import Level
+
+_LEVELS: tuple[Level, ...] = ("none", "repvgg", "full")
+
+_LAYERS = {
+    # Operator: which argument is the weight.
+    torch.ops.aten.convolution.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten.mm.default: 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Size and work of a network.
+
+    Parameters
+    ----------
+    parameters
+        Elements of all parameters; BatchNorm statistics are not parameters.
+    macs
+        Multiply-accumulates of convolutions and linear layers for one image.
+    depth
+        Longest chain of convolutions and linear layers.
+    """
+
+    parameters: int
+    macs: int
+    depth: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, two for each multiply-accumulate."""
+        return 2 * self.macs
+
+
+def take_census(module: nn.Module, resolution: int) -> Census:
+    """Count a module on one image ``(1, 3, resolution, resolution)``.
+
+    Parameters
+    ----------
+    module
+        Preferably on the ``meta`` device, where nothing is computed.
+    resolution
+        Height and width in pixels.
+    """
+    parameter = next(module.parameters())
+    image = torch.zeros(1, 3, resolution, resolution, device=parameter.device)
+    with torch.no_grad(), _Counter() as counter:
+        module.eval()(image)
+    return Census(sum(p.numel() for p in module.parameters()), counter.macs, counter.depth)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up multiply-accumulates, and follows the longest chain of layers to each tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.depth = 0
+        self._depths = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        depth = max((self._depths.get(tensor, 0) for tensor in _tensors(args)), default=0)
+        if func in _LAYERS:
+            weight = args[_LAYERS[func]]
+            # Each output element of a convolution reads one filter; of a product, one column.
+            reads = weight.shape[0] if weight.dim() == 2 else math.prod(weight.shape[1:])
+            self.macs += result.numel() * reads
+            depth += 1
+            self.depth = max(self.depth, depth)
+        for tensor in _tensors((result,)):
+            self._depths[tensor] = depth
+        return result
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueRow:
+    """What a network of the catalogue costs, in training form and fused.
+
+    FLOPs are two per multiply-accumulate, of level ``repvgg``, for one image.
+    """
+
+    name: str
+    title: str
+    family: str
+    origin: str
+    source: str
+    choices: str
+    resolution: int
+    parameters: int
+    parameters_repvgg: int
+    parameters_full: int
+    flops_unfused: int
+    flops: int
+    depth: int
+
+
+def list_catalogue() -> tuple[CatalogueRow, ...]:
+    """Count every network of the catalogue, on the ``meta`` device: no weights are made."""
+    rows = []
+    with torch.device("meta"):
+        for family, entry in CATALOG.values():
+            unfused, repvgg, full = (
+                take_census(family.build(entry.config, level, ()), entry.resolution)
+                for level in _LEVELS
+            )
+            rows.append(
+                CatalogueRow(
+                    name=entry.name,
+                    title=entry.title,
+                    family=family.title,
+                    origin=entry.origin,
+                    source=entry.source,
+                    choices=entry.choices,
+                    resolution=entry.resolution,
+                    parameters=unfused.parameters,
+                    parameters_repvgg=repvgg.parameters,
+                    parameters_full=full.parameters,
+                    flops_unfused=unfused.flops,
+                    flops=repvgg.flops,
+                    depth=repvgg.depth,
+                )
+            )
+    return tuple(rows)

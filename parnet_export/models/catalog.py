@@ -1,0 +1,22 @@
+"""Every network that can be named instead of giving a file.
+
+A family is one module that ends in a `Family` value, and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from parnet_export.models import parnet_family, resnet_family
+
+if TYPE_CHECKING:
+    from parnet_export.models.family import Entry, Family
+
+FAMILIES: dict[str, Family] = {
+    family.key: family for family in (parnet_family.FAMILY, resnet_family.FAMILY)
+}
+
+CATALOG: dict[str, tuple[Family, Entry]] = {
+    entry.name: (family, entry) for family in FAMILIES.values() for entry in family.entries
+}
+"""Family and entry of each name."""

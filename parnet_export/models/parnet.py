@@ -1,0 +1,293 @@
+"""ParNet: a 12-layer network of parallel streams (arXiv 2110.07641).
+
+`ParNet` is the network as it is trained, or with the branches of every block
+fused as the authors do it; its parameter names are theirs. Stream ``i`` works
+at half the resolution of stream ``i - 1``; each stream's output is fused with
+the downsampled path of the streams before it.
+
+The CIFAR networks (paper section 3.3) were never released. Their form here is
+a reconstruction: what the text leaves open is listed at `CIFAR_CHOICES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from parnet_export.models.parnet_blocks import (
+    Activation,
+    BatchNormPair,
+    Boxed,
+    DownsamplingBlock,
+    Interleave,
+    PointwiseBlock,
+    RepVGGBlock,
+    RepVGGSSEBlock,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Variant = Literal["imagenet", "cifar"]
+
+CIFAR_CHOICES = (
+    "stream widths grow as w, 2w, 4w with w = 32, 112, 168; the published sizes are fused counts; "
+    "the last 1x1 convolution has 5w channels, BatchNorm and an activation, and no stride; "
+    "the first block has the gate of a downsampling block, since three channels cannot skip"
+)
+"""What the paper does not say about the CIFAR networks and this reconstruction assumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParNetConfig:
+    """Everything that fixes a ParNet's structure.
+
+    Parameters
+    ----------
+    widths
+        Channels of each stream, from the highest resolution to the lowest; two or more.
+    blocks
+        RepVGG-SSE blocks in each stream.
+    last_width
+        Channels before the classifier.
+    num_classes
+        Outputs of the classifier.
+    activation
+        SiLU in the paper; the released configuration files build a ReLU network.
+    variant
+        ``"imagenet"`` starts with two downsampling blocks and ends with one;
+        ``"cifar"`` keeps full resolution in the stem and ends with a 1x1 convolution.
+    first_width
+        Channels after the first block; by default the smaller of 64 and the first
+        stream's for ``"imagenet"``, the first stream's for ``"cifar"``.
+    dropout
+        Dropout before the classifier, active in training only.
+    """
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    last_width: int
+    num_classes: int = 1000
+    activation: Activation = "silu"
+    variant: Variant = "imagenet"
+    first_width: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.first_width == 0:
+            narrow = min(64, self.widths[0]) if self.variant == "imagenet" else self.widths[0]
+            object.__setattr__(self, "first_width", narrow)
+        if len(self.widths) < 2 or len(self.widths) != len(self.blocks):
+            raise ValueError("a ParNet has two or more streams, each with a width and its blocks")
+        if min(*self.widths, *self.blocks, self.last_width, self.num_classes) < 1:
+            raise ValueError("widths, blocks and classes are positive")
+        if any(width % 2 for width in self.widths[1:]):
+            raise ValueError("streams after the first are fused in two groups: widths must be even")
+
+    @property
+    def streams(self) -> int:
+        """Number of parallel streams."""
+        return len(self.widths)
+
+    @property
+    def input_multiple(self) -> int:
+        """Height and width of the input must be multiples of this many pixels.
+
+        Every 2x2 average of a 1x1 branch needs an even input.
+        """
+        downsamplings = self.streams - 1
+        return 1 << (downsamplings if self.variant == "cifar" else downsamplings + 3)
+
+
+def _stem(config: ParNetConfig, index: int, *, fused: bool) -> nn.Module:
+    act = config.activation
+    if index > 0:
+        width_in, width = config.widths[index - 1 : index + 1]
+        return Boxed(DownsamplingBlock(width_in, width, act, fused=fused))
+    first, width = config.first_width, config.widths[0]
+    if config.variant == "imagenet":
+        return nn.Sequential(
+            Boxed(DownsamplingBlock(3, first, act, fused=fused)),
+            Boxed(DownsamplingBlock(first, width, act, fused=fused)),
+        )
+    return nn.Sequential(
+        Boxed(DownsamplingBlock(3, width, act, stride=1, fused=fused)),
+        Boxed(RepVGGSSEBlock(width, act, fused=fused)),
+        Boxed(RepVGGSSEBlock(width, act, fused=fused)),
+    )
+
+
+def _fusion(
+    width_in: int, width: int, stride: int, act: Activation, *, fused: bool
+) -> list[nn.Module]:
+    block = DownsamplingBlock(2 * width_in, width, act, stride=stride, groups=2, fused=fused)
+    return [BatchNormPair(width_in), Interleave(), Boxed(block)]
+
+
+class Classifier(nn.Module):
+    """Global average pooling, dropout, one linear layer."""
+
+    def __init__(self, config: ParNetConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc = nn.Linear(config.last_width, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, last_width, H, W)`` to logits ``(N, num_classes)``."""
+        logits: Tensor = self.fc(self.dropout(x.mean((2, 3))))
+        return logits
+
+
+class ParNet(nn.Module):
+    """ParNet in training form, or with the branches of its blocks fused.
+
+    Parameters
+    ----------
+    config
+        The structure.
+    fused
+        Build the inference form of level ``repvgg``: one convolution per block.
+    """
+
+    def __init__(self, config: ParNetConfig, *, fused: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        act, widths = config.activation, config.widths
+        self.inits = nn.ModuleList(
+            _stem(config, index, fused=fused) for index in range(config.streams)
+        )
+        self.streams = nn.ModuleList(
+            nn.Sequential(*(Boxed(RepVGGSSEBlock(width, act, fused=fused)) for _ in range(count)))
+            for width, count in zip(widths, config.blocks, strict=True)
+        )
+        # The authors' name; the first entry ends stream 1, the others fuse two paths.
+        self.downsamples_2 = nn.ModuleList(
+            [Boxed(DownsamplingBlock(widths[0], widths[1], act, fused=fused))]
+        )
+        for width, after in pairwise(widths[1:]):
+            self.downsamples_2.append(nn.Sequential(*_fusion(width, after, 2, act, fused=fused)))
+        last: nn.Module
+        if config.variant == "imagenet":
+            last = DownsamplingBlock(widths[-1], config.last_width, act, fused=fused)
+        else:
+            last = PointwiseBlock(widths[-1], config.last_width, act, fused=fused)
+        self.combine = nn.Sequential(
+            *_fusion(widths[-1], widths[-1], 1, act, fused=fused), Boxed(last)
+        )
+        self.head = Classifier(config)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images ``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        features = [self.inits[0](image)]
+        for stem in list(self.inits)[1:]:
+            features.append(stem(features[-1]))
+        path = self.downsamples_2[0](self.streams[0](features[0]))
+        for index in range(1, self.config.streams - 1):
+            path = self.downsamples_2[index]((self.streams[index](features[index]), path))
+        logits: Tensor = self.head(self.combine((self.streams[-1](features[-1]), path)))
+        return logits
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether every block holds one convolution only."""
+        return all(
+            block.rbr_1x1 is None for block in self.modules() if isinstance(block, RepVGGBlock)
+        )
+
+    @torch.no_grad()
+    def fuse(self) -> ParNet:
+        """Return a new network of level ``repvgg``: the authors' fused form, exactly equal.
+
+        BatchNorm and branches of each block become one 3x3 convolution. The
+        identity BatchNorms, the pairs before the fusions, gates and shuffles stay.
+        """
+        fused = ParNet(self.config, fused=True)
+        state = dict(self.state_dict())
+        for name, module in self.named_modules():
+            if isinstance(module, RepVGGBlock | PointwiseBlock):
+                conv = f"{name}.rbr_dense" if isinstance(module, RepVGGBlock) else f"{name}.conv"
+                state[f"{conv}.weight"], state[f"{conv}.bias"] = module.fused_weight()
+        wanted = {key: state[key] for key in fused.state_dict()}
+        fused.to(dtype=self.head.fc.weight.dtype).load_state_dict(wanted)
+        return fused.train(self.training).requires_grad_(requires_grad=False)
+
+
+def is_parnet(keys: Iterable[str]) -> bool:
+    """Tell whether state-dict keys are those of a ParNet, trained or fused by the authors' rule."""
+    known = set(keys)
+    return "head.fc.weight" in known and any(
+        key.startswith("streams.0.0.block.rbr_dense.") for key in known
+    )
+
+
+def is_fused_state(keys: Iterable[str]) -> bool:
+    """Tell whether a ParNet's keys are those of the fused form of level ``repvgg``."""
+    return "streams.0.0.block.rbr_dense.weight" in set(keys)
+
+
+def config_from_tensors(tensors: Mapping[str, Tensor], activation: Activation) -> ParNetConfig:
+    """Read the structure off a state dict of the authors' layout, trained or fused.
+
+    Raises
+    ------
+    ValueError
+        When a tensor that the structure is read from is missing.
+    """
+
+    def out_channels(prefix: str) -> int:
+        for name in (f"{prefix}.conv.weight", f"{prefix}.weight"):
+            if name in tensors:
+                return int(tensors[name].shape[0])
+        raise ValueError(f"has no tensor {prefix}.conv.weight")
+
+    counts: dict[int, set[int]] = {}
+    for key in tensors:
+        parts = key.split(".")
+        if parts[0] == "streams" and len(parts) > 2 and parts[1].isdigit() and parts[2].isdigit():
+            counts.setdefault(int(parts[1]), set()).add(int(parts[2]))
+    streams = max(counts, default=-1) + 1
+    if sorted(counts) != list(range(streams)):
+        raise ValueError("has gaps in the numbers of its streams")
+    if "head.fc.weight" not in tensors:
+        raise ValueError("has no tensor head.fc.weight")
+    cifar = "combine.3.block.conv.weight" in tensors
+    last = "combine.3.block" if cifar else "combine.3.block.rbr_dense"
+    return ParNetConfig(
+        widths=tuple(out_channels(f"streams.{i}.0.block.rbr_dense") for i in range(streams)),
+        blocks=tuple(max(counts[i]) + 1 for i in range(streams)),
+        last_width=out_channels(last),
+        num_classes=int(tensors["head.fc.weight"].shape[0]),
+        activation=activation,
+        variant="cifar" if cifar else "imagenet",
+        first_width=out_channels("inits.0.0.block.rbr_dense"),
+    )
+
+
+def detect_activation(tensors: Mapping[str, Tensor]) -> tuple[Activation, str]:
+    """Tell SiLU from ReLU by what the BatchNorms saw in training.
+
+    The BatchNorms of the skip branches and before the fusions read activation
+    outputs. Under ReLU all their running means are at least zero; under SiLU,
+    whose minimum is -0.278, some channels' means are negative.
+
+    Returns
+    -------
+    activation, reason
+        The reason is a clause for people.
+    """
+    means = [
+        tensor
+        for key, tensor in tensors.items()
+        if key.endswith((".rbr_identity.running_mean", ".b1.running_mean", ".b2.running_mean"))
+    ]
+    total = sum(mean.numel() for mean in means)
+    negative = sum(int((mean < 0).sum()) for mean in means)
+    if negative:
+        return "silu", f"detected: {negative} of {total} running means are negative"
+    if any(bool(mean.any()) for mean in means):
+        return "relu", f"detected: none of {total} running means is negative"
+    return "silu", "the paper's; the checkpoint has no statistics to tell"

@@ -1,0 +1,228 @@
+"""From what a user names, a checkpoint or a catalogue entry, to a network."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from parnet_export.bundle import Provenance
+from parnet_export.checkpoint import Checkpoint, load_strictly, read_checkpoint
+from parnet_export.errors import InputError, name_some
+from parnet_export.models.batch_norm import randomise_batch_norm
+from parnet_export.models.catalog import CATALOG, FAMILIES
+from parnet_export.network import Header, Network
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import nn
+
+    from parnet_export.models.family import Family
+
+_SUFFIXES = (".tar", ".pth", ".pt", ".safetensors", ".fused", ".bin", ".ckpt")
+_TOOLS = ("parnet-export", "torch", "onnx", "onnx-ir", "onnxruntime")
+
+
+def load_network(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    activation: str = "auto",
+    use_ema: bool = False,
+    seed: int = 0,
+) -> Network:
+    """Load a checkpoint, a fused file, or a catalogue name with random weights.
+
+    Parameters
+    ----------
+    source
+        A path, or a name of `CATALOG`.
+    arch
+        A catalogue name that the checkpoint must turn out to be (its number of classes is free).
+    activation
+        ``"silu"``, ``"relu"``, or ``"auto"`` to detect it.
+    use_ema
+        Take the exponential moving average of the weights that a checkpoint also holds.
+    seed
+        Of the random weights and BatchNorm statistics that a catalogue name gets.
+
+    Returns
+    -------
+    Network
+        On the CPU, float32, in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        When the source cannot be read, or is not a complete network of a known family.
+    """
+    name = str(source)
+    if arch is not None and arch not in CATALOG:
+        raise _unknown_name("--arch", arch)
+    if name in CATALOG and not Path(source).is_file():
+        return _random_network(name, arch, activation, seed)
+    path = Path(source)
+    if not path.exists() and not _looks_like_path(name):
+        raise _unknown_name(name, name)
+    return _from_file(read_checkpoint(path, use_ema=use_ema), arch, activation)
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of the toolkit and of the libraries that make its files."""
+    found = {}
+    for tool in _TOOLS:
+        try:
+            found[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """Return the current time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def name_of_file(path: Path) -> str:
+    """Return a file's name without the suffixes of checkpoints and graphs."""
+    name = path.name
+    while (stem := name.removesuffix(Path(name).suffix)) != name and stem:
+        if Path(name).suffix not in (*_SUFFIXES, ".onnx"):
+            break
+        name = stem
+    return name
+
+
+def _looks_like_path(name: str) -> bool:
+    return os.sep in name or name.endswith(_SUFFIXES)
+
+
+def _unknown_name(subject: str, name: str) -> InputError:
+    near = difflib.get_close_matches(name.lower(), CATALOG, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    problem = "is neither a file nor a network of the catalogue"
+    if subject != name:
+        problem = f"{name!r} is no network of the catalogue"
+    return InputError(subject, problem, f"{hint}`parnet-export models` lists the catalogue")
+
+
+def _random_network(name: str, arch: str | None, activation: str, seed: int) -> Network:
+    family, entry = CATALOG[name]
+    if arch not in (None, name):
+        raise InputError("--arch", f"{arch} contradicts the source {name}", "Leave it out")
+    config, chosen = entry.config, ""
+    if hasattr(config, "activation"):
+        if activation not in ("auto", "silu", "relu"):
+            problem = f"{activation!r} is no activation"
+            raise InputError("--activation", problem, "Choose auto, silu or relu")
+        if activation != "auto":
+            config = replace(config, activation=activation)
+        chosen = f"{config.activation} ({'the catalogue' if activation == 'auto' else 'as asked'})"
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        module = family.build(config, "none", ())
+    randomise_batch_norm(module, torch.Generator().manual_seed(seed))
+    provenance = Provenance(
+        network=name,
+        source=name,
+        weights="random",
+        seed=seed,
+        activation=chosen,
+        architecture=family.describe(config),
+        level="none",
+        tools=tool_versions(),
+        created=now(),
+    )
+    return _network(module, family, config, entry.resolution, provenance)
+
+
+def _network(
+    module: nn.Module, family: Family, config: Any, resolution: int, provenance: Provenance
+) -> Network:
+    level = provenance.level
+    if level not in ("none", "repvgg", "full"):
+        raise ValueError(f"has the unknown fuse level {level!r}")
+    module = module.float().eval().requires_grad_(requires_grad=False)
+    multiple = family.input_multiple(config)
+    return Network(module, family.key, config, level, resolution, multiple, provenance)
+
+
+def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Network:
+    path = checkpoint.path
+    try:
+        header = Header.decode(checkpoint.metadata)
+        if header is not None:
+            return _from_header(checkpoint, header, arch, activation)
+        family = _recognise(checkpoint)
+        restored = family.restore(checkpoint.tensors, activation)
+    except ValueError as error:
+        raise InputError(path, str(error), "Give a complete state dict of the network") from error
+    _check_arch(path, family, restored.config, arch)
+    provenance = Provenance(
+        network=name_of_file(path),
+        source=str(path),
+        source_sha256=checkpoint.sha256,
+        weights="trained",
+        activation=restored.activation,
+        architecture=family.describe(restored.config),
+        level=restored.level,
+        tools=tool_versions(),
+        created=now(),
+    )
+    module = family.build(restored.config, restored.level, checkpoint.tensors)
+    load_strictly(module, checkpoint.tensors, path)
+    resolution = family.resolution(restored.config)
+    return _network(module, family, restored.config, resolution, provenance)
+
+
+def _from_header(
+    checkpoint: Checkpoint, header: Header, arch: str | None, activation: str
+) -> Network:
+    family = FAMILIES.get(header.family)
+    if family is None:
+        raise ValueError(f"is of the unknown family {header.family!r}")
+    try:
+        config = msgspec.convert(header.config, family.config_type)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"has a damaged description ({error})") from error
+    wanted = getattr(config, "activation", activation)
+    if activation not in ("auto", wanted):
+        problem = f"was fused with {wanted}, so it cannot be used with {activation}"
+        raise InputError(checkpoint.path, problem, "Fuse the checkpoint again with --activation")
+    provenance = replace(header.provenance, level=header.level)
+    _check_arch(checkpoint.path, family, config, arch)
+    module = family.build(config, header.level, checkpoint.tensors)
+    load_strictly(module, checkpoint.tensors, checkpoint.path)
+    return _network(module, family, config, header.resolution, provenance)
+
+
+def _recognise(checkpoint: Checkpoint) -> Family:
+    family = next((f for f in FAMILIES.values() if f.recognises(checkpoint.tensors)), None)
+    titles = ", ".join(f.title for f in FAMILIES.values())
+    if family is None:
+        some = name_some(list(checkpoint.tensors))
+        problem = (
+            f"holds none of the networks this version knows ({titles}); its tensors are {some}"
+        )
+        raise InputError(checkpoint.path, problem, "Export it to ONNX and give that file")
+    return family
+
+
+def _check_arch(path: Path, family: Family, config: Any, arch: str | None) -> None:
+    """Compare a structure with the one asked for; classes and activation are free."""
+    if arch is None:
+        return
+    wanted_family, entry = CATALOG[arch]
+    free = ("num_classes", "activation", "dropout")
+    given = {name: getattr(config, name) for name in free if hasattr(config, name)}
+    if wanted_family is not family or replace(entry.config, **given) != config:
+        problem = f"holds a {family.describe(config)}, not the {entry.title} that --arch asks for"
+        raise InputError(path, problem, "Leave out --arch, or give the right file")
