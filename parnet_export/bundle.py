@@ -227,7 +227,7 @@ def _decode(path: Path, content: bytes) -> Manifest:
                 "Upgrade parnet-export",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(path, f"is damaged ({error})", _REMAKE) from error
     blank = _MANIFEST_DIGEST.sub(_NO_DIGEST.encode(), content)
     if hashlib.sha256(blank).hexdigest() != manifest.manifest_sha256:

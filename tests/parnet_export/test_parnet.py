@@ -177,7 +177,7 @@ def test_the_activation_is_told_from_what_the_skip_branches_saw(activation, make
         network(torch.randn(8, 3, 64, 64))
     found, reason = detect_activation(network.state_dict())
     assert found == activation
-    # Skip branches: 2 x 8 + 1 x 12 + 3 x 20 channels; the pairs before the fusions: 2 x 12 + 2 x 20.
+    # Skip branches: 2 x 8 + 1 x 12 + 3 x 20 channels; pairs before fusions: 2 x 12 + 2 x 20.
     assert "of 152 running means" in reason
 
 
@@ -204,7 +204,9 @@ def test_impossible_structures_are_refused(bad):
 
 
 @pytest.mark.parametrize(
-    ("config", "multiple"), [(SMALL, 32), (FOUR_STREAMS, 64), (TWO_STREAMS, 16), (CIFAR, 4)], ids=str
+    ("config", "multiple"),
+    [(SMALL, 32), (FOUR_STREAMS, 64), (TWO_STREAMS, 16), (CIFAR, 4)],
+    ids=str,
 )
 def test_the_training_form_runs_at_every_input_multiple_and_not_between(
     config, multiple, make_parnet

@@ -1,0 +1,46 @@
+# Two commands set everything up on a fresh machine with Python 3.11+:
+#   make demo   the main job on a real trained network
+#   make test   linters, types, layers and the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := build/demo
+
+.PHONY: demo test check format clean
+
+demo: $(READY)
+	mkdir -p $(DEMO)
+	$(BIN)/parnet-export fuse --ckpt examples/digits/digits.pth.tar --out $(DEMO)/digits.fused.safetensors
+	$(BIN)/parnet-export split-streams $(DEMO)/digits.fused.safetensors --batch dynamic --out $(DEMO)/digits.bundle
+	$(BIN)/parnet-export inspect $(DEMO)/digits.bundle --svg $(DEMO)/stream_graph.svg
+	$(BIN)/parnet-export verify $(DEMO)/digits.bundle --ckpt examples/digits/digits.pth.tar
+	$(BIN)/python examples/digits/evaluate.py --ckpt examples/digits/digits.pth.tar \
+		--fused $(DEMO)/digits.fused.safetensors --bundle $(DEMO)/digits.bundle
+	$(BIN)/parnet-bench latency $(DEMO)/digits.bundle --devices cpu \
+		--ckpt examples/digits/digits.pth.tar --baseline resnet18 --output $(DEMO)/latency.json
+	@echo "The stream graph is drawn in $(DEMO)/stream_graph.svg"
+
+test: check
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The marker is newer than what it was made from, so a changed dependency installs again.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable '.[cpu]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,170 @@
+"""Exported graphs of networks that are measured again and again.
+
+Exporting a large network takes longer than measuring it. An entry of the cache is
+a bundle whose name tells everything that the graph depends on. It is made beside
+its place and then renamed into it, so that it is whole or absent; one that is
+damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.resources
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from parnet_export import __version__, files
+from parnet_export.bundle import open_bundle
+from parnet_export.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from importlib.resources.abc import Traversable
+
+    from parnet_export.bundle import Bundle, Precision
+    from parnet_export.network import Level
+
+CACHE_VARIABLE = "PARNET_EXPORT_CACHE"
+"""Environment variable that names another place for the cache."""
+
+_BUNDLE_NAME = "bundle"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """Everything that an exported graph depends on.
+
+    Parameters
+    ----------
+    network
+        Catalogue name, or a checkpoint's name.
+    weights
+        SHA-256 of the checkpoint, or ``"seed 0"`` for random weights.
+    level
+        How far the network is fused.
+    resolution
+        Height and width in pixels.
+    batch
+        Samples in one inference.
+    precision
+        Element type of the weights.
+    toolkit
+        Version of the code that exports.
+    """
+
+    network: str
+    weights: str
+    level: Level
+    resolution: int
+    batch: int
+    precision: Precision
+    toolkit: str
+
+    @property
+    def folder_name(self) -> str:
+        """A readable name that differs for different keys."""
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        size = f"{self.batch}x{self.resolution}"
+        return f"{self.network}-{self.level}-{size}-{self.precision}-{digest}"
+
+
+def cache_directory() -> Path:
+    """Return the folder of the cache: `CACHE_VARIABLE`, else in the user's cache folder."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "parnet-export"
+
+
+@functools.cache
+def toolkit_version() -> str:
+    """Return the version of the exporting code, told from its text as well as its number."""
+    digest = hashlib.sha256()
+    for source in _sources(importlib.resources.files("parnet_export")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:16]}"
+
+
+def cached_graph(directory: Path, key: GraphKey, make: Callable[[Path], object]) -> Bundle:
+    """Return the bundle of a key, made first if the cache does not hold it intact.
+
+    Parameters
+    ----------
+    directory
+        The folder of the cache; created if missing.
+    key
+        What the graph depends on.
+    make
+        Writes the bundle at the path it is given.
+
+    Raises
+    ------
+    InputError
+        When the cache cannot be written to.
+    """
+    place = directory / "graphs" / key.folder_name
+    found = _open_intact(place)
+    if found is not None:
+        return found
+    with _building_folder(place) as building:
+        make(building / _BUNDLE_NAME)
+        _move_into_place(building / _BUNDLE_NAME, place)
+    return open_bundle(place)
+
+
+def _open_intact(place: Path) -> Bundle | None:
+    try:
+        return open_bundle(place)
+    except InputError:
+        return None
+
+
+@contextlib.contextmanager
+def _building_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder on the file system of `place`, and remove it afterwards."""
+    files.make_directory(place.parent)
+    try:
+        building = tempfile.mkdtemp(suffix=files.TEMPORARY_SUFFIX, dir=place.parent)
+    except OSError as error:
+        raise files.unwritable(place.parent, error) from error
+    try:
+        yield Path(building)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _move_into_place(made: Path, place: Path) -> None:
+    """Rename a finished bundle, after moving a damaged one out of the way."""
+    try:
+        made.rename(place)
+    except OSError:
+        if _open_intact(place) is not None:
+            return  # another process has made the same one meanwhile
+        _remove(place)
+        made.rename(place)
+
+
+def _remove(place: Path) -> None:
+    try:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    except OSError as error:
+        raise files.unwritable(place, error) from error
+
+
+def _sources(folder: Traversable) -> Iterator[Traversable]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _sources(entry)
+        elif entry.name.endswith(".py"):
+            yield entry

@@ -1,0 +1,293 @@
+"""From what a user asks for to the rows that are measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parnet_bench import graphs
+from parnet_bench.graphs import Geometry
+from parnet_bench.result import RowDescription
+from parnet_export.bundle import open_bundle
+from parnet_export.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+
+    from parnet_bench.result import Form
+    from parnet_bench.worker import Plan
+    from parnet_export.bundle import Bundle, Precision
+    from parnet_export.network import Level
+    from parnet_export.stream_graph import TensorSpec
+
+    Working = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to measure.
+
+    Parameters
+    ----------
+    targets
+        Bundles, ONNX files and catalogue names.
+    ckpt
+        Checkpoint or catalogue name of the first target's network, in training form.
+    baselines
+        Catalogue names to measure beside the targets.
+    batch, resolution, precision
+        What targets leave open; by default 1, the network's own resolution, and float32.
+        Where a target fixes them, nothing else can be asked for.
+    devices
+        Where to run.
+    cores
+        Logical CPU cores that every row may use.
+    seed
+        Seed of random weights.
+    """
+
+    targets: tuple[str, ...]
+    ckpt: str | None = None
+    baselines: tuple[str, ...] = ()
+    batch: int | None = None
+    resolution: int | None = None
+    precision: Precision | None = None
+    devices: str = "cpu"
+    cores: tuple[int, ...] = (0,)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """A row before it is measured.
+
+    Parameters
+    ----------
+    description
+        What it measures.
+    bundle
+        The bundle that holds its graph.
+    sizes
+        Sizes of the symbolic dimensions of its inputs.
+    """
+
+    description: RowDescription
+    bundle: Bundle
+    sizes: dict[str, int]
+
+    @property
+    def plan(self) -> Plan:
+        """How the bundle runs."""
+        return "streams" if self.description.form == "streams" else "whole"
+
+
+def plan_rows(
+    request: Request, workspace: Path, working: Working
+) -> tuple[tuple[PlannedRow, ...], tuple[str, ...]]:
+    """Find or make all graphs, and say which rows there are.
+
+    Parameters
+    ----------
+    request
+        What to measure.
+    workspace
+        An existing folder for bundles of ONNX files; needed until the rows have run.
+    working
+        Told what takes time: a context manager around it.
+
+    Returns
+    -------
+    rows, notes
+        The rows in the order in which they are shown, and sentences about rows that
+        are not there.
+
+    Raises
+    ------
+    InputError
+        When a target cannot be used, or not as asked for.
+    """
+    planner = _Planner(request, workspace, working)
+    rows = [row for target in request.targets for row in planner.target_rows(target)]
+    geometry = _geometry(rows[0], rows[0].bundle.manifest.precision)
+    if request.ckpt is not None:
+        rows.insert(0, planner.checkpoint_row(request.ckpt, rows[0], geometry))
+    rows += [planner.baseline_row(name, geometry) for name in request.baselines]
+    return _with_unique_names(rows), tuple(planner.notes)
+
+
+class _Planner:
+    def __init__(self, request: Request, workspace: Path, working: Working) -> None:
+        self._request = request
+        self._workspace = workspace
+        self._working = working
+        self.notes: list[str] = []
+
+    def target_rows(self, target: str) -> list[PlannedRow]:
+        if graphs.is_bundle(target):
+            with self._working(f"checking {target}"):
+                bundle = open_bundle(Path(target))
+            return self._whole_and_streams(target, bundle, bundle.manifest.precision)
+        if graphs.is_onnx_file(target):
+            with self._working(f"splitting {target}"):
+                folder = self._workspace / f"{len(list(self._workspace.iterdir()))}.bundle"
+                bundle = graphs.onnx_graph(Path(target), folder)
+            return self._whole_and_streams(target, bundle, None)
+        name = graphs.catalogue_name(target)
+        geometry = Geometry(
+            self._request.batch or 1,
+            self._request.resolution or graphs.native_resolution(name),
+            self._request.precision or "fp32",
+        )
+        unfused = self._catalogue_graph(name, "none", geometry)
+        fused = self._catalogue_graph(name, "full", geometry)
+        return [
+            self._row(target, unfused, "unfused", geometry.precision),
+            *self._whole_and_streams(target, fused, geometry.precision),
+        ]
+
+    def checkpoint_row(self, ckpt: str, target: PlannedRow, geometry: Geometry) -> PlannedRow:
+        source, seed = ckpt, self._request.seed
+        if not Path(ckpt).is_file():
+            source = graphs.catalogue_name(ckpt)
+            # A bundle of random weights tells the seed that makes the same ones.
+            known = target.bundle.manifest.provenance.seed
+            seed = seed if known is None else known
+        with self._working(f"exporting {ckpt}, unfused"):
+            bundle = graphs.network_graph(source, "none", geometry, seed)
+        row = self._row(ckpt, bundle, "unfused", geometry.precision)
+        with self._working(f"comparing {ckpt} with {target.description.target}"):
+            _require_same_function(row, target)
+        return row
+
+    def baseline_row(self, name: str, geometry: Geometry) -> PlannedRow:
+        bundle = self._catalogue_graph(graphs.catalogue_name(name), "full", geometry)
+        return self._row(name, bundle, "whole", geometry.precision)
+
+    def _catalogue_graph(self, name: str, level: Level, geometry: Geometry) -> Bundle:
+        with self._working(f"exporting {name}, {'unfused' if level == 'none' else 'fused'}"):
+            return graphs.network_graph(name, level, geometry, self._request.seed)
+
+    def _whole_and_streams(
+        self, target: str, bundle: Bundle, precision: Precision | None
+    ) -> list[PlannedRow]:
+        rows = [self._row(target, bundle, "whole", precision)]
+        if len(bundle.stream_graph.segments) > 1:
+            rows.append(self._row(target, bundle, "streams", precision))
+        else:
+            self.notes.append(f"{target} has no parallel branches, so there is no streams row.")
+        return rows
+
+    def _row(
+        self, target: str, bundle: Bundle, form: Form, precision: Precision | None
+    ) -> PlannedRow:
+        request, manifest = self._request, bundle.manifest
+        _refuse_precision(target, precision, request.precision)
+        sizes = _sizes(target, manifest.inputs, request)
+        inputs = tuple(replace(t, shape=t.resolve(sizes)) for t in manifest.inputs)
+        fixed_batch = _leading_size(manifest.inputs)
+        description = RowDescription(
+            name=f"{manifest.provenance.network} {form}",
+            network=manifest.provenance.network,
+            form=form,
+            target=target,
+            provenance=manifest.provenance,
+            precision=precision,
+            batch=_leading_size(inputs) or 1,
+            inputs=inputs,
+            parameters=manifest.whole_cost.parameters,
+            # A symbolic batch counts as one sample, a fixed one with all its samples.
+            flops=manifest.whole_cost.flops // (fixed_batch or 1),
+            depth=manifest.whole_cost.depth,
+            devices=request.devices,
+            cores=request.cores,
+        )
+        return PlannedRow(description, bundle, sizes)
+
+
+def _geometry(row: PlannedRow, precision: Precision) -> Geometry:
+    """Return what other networks need in order to be measured beside a row."""
+    images = [t.resolve() for t in row.description.inputs if len(t.shape) == 4]
+    square = [shape[2] for shape in images if shape[1] == 3 and shape[2] == shape[3]]
+    resolution = square[0] if len(row.description.inputs) == 1 and square else None
+    return Geometry(row.description.batch, resolution, precision)
+
+
+def _leading_size(inputs: tuple[TensorSpec, ...]) -> int | None:
+    """Return the first dimension of the first input that has dimensions; None if symbolic."""
+    leading = [tensor.shape[0] for tensor in inputs if tensor.shape]
+    return leading[0] if leading and isinstance(leading[0], int) else None
+
+
+def _sizes(target: str, inputs: tuple[TensorSpec, ...], request: Request) -> dict[str, int]:
+    """Return the sizes of symbolic dimensions; refuse sizes other than those that are fixed."""
+    sizes: dict[str, int] = {}
+    for tensor in inputs:
+        for axis, size in enumerate(tensor.shape):
+            option = "--batch" if axis == 0 else "--resolution"
+            asked = request.batch if axis == 0 else request.resolution
+            is_image_side = len(tensor.shape) == 4 and axis >= 2
+            if isinstance(size, str):
+                if axis == 0:
+                    asked = asked or 1
+                elif not is_image_side:
+                    problem = f"leaves dimension {size!r} of {tensor.name} open"
+                    raise InputError(target, problem, "Export it with a fixed size")
+                if asked is None:
+                    problem = f"leaves dimension {size!r} of {tensor.name} open"
+                    raise InputError(target, problem, f"Give {option}")
+                sizes[size] = asked
+            elif (axis == 0 or is_image_side) and asked not in (None, size):
+                problem = f"takes {size}, not {asked}, in dimension {axis} of {tensor.name}"
+                raise InputError(target, problem, f"Leave out {option}, or export it anew")
+    return sizes
+
+
+def _refuse_precision(target: str, fixed: Precision | None, asked: Precision | None) -> None:
+    if asked is not None and asked != fixed:
+        problem = f"is {fixed}" if fixed else "is an ONNX file, which runs as it is"
+        remedy = f"Make a bundle with `parnet-export split-streams --precision {asked}`"
+        raise InputError(target, problem, remedy)
+
+
+def _require_same_function(row: PlannedRow, target: PlannedRow) -> None:
+    """Refuse to compare the latencies of networks that compute different things."""
+    from parnet_export.samples import make_samples
+    from parnet_export.verify import SOURCE_LIMIT, relative_error
+
+    manifest = target.bundle.manifest
+    samples = make_samples(manifest.inputs, precision=manifest.precision, sizes=target.sizes)
+    (image,) = next(samples).inputs.values()
+    error = relative_error(_first_output(row.bundle, image), _first_output(target.bundle, image))
+    if error > SOURCE_LIMIT[manifest.precision]:
+        raise InputError(
+            row.description.target,
+            f"does not compute what {target.description.target} computes: the outputs differ "
+            f"by {error:.1e}, relative to the largest one",
+            "Give the checkpoint that the target was made from",
+        )
+
+
+def _first_output(bundle: Bundle, image: NDArray[Any]) -> NDArray[Any]:
+    """Run a network of one input."""
+    from parnet_engines.session import Session
+
+    with Session.open(bundle, plan="whole") as session:
+        outputs = session.run({session.inputs[0].name: image})
+        return outputs[session.outputs[0].name]
+
+
+def _with_unique_names(rows: list[PlannedRow]) -> tuple[PlannedRow, ...]:
+    """Number the rows that would share a name."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for row in rows:
+        name = row.description.name
+        seen[name] += 1
+        numbered = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        unique.append(replace(row, description=replace(row.description, name=numbered)))
+    return tuple(unique)

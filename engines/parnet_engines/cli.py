@@ -1,0 +1,141 @@
+"""The commands of ``parnet-export`` that run engines.
+
+`register` adds them to a command line. Nothing but typer is loaded until one runs.
+"""
+
+# Typer reads the annotations at run time.
+# ruff: noqa: TC003
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from parnet_export.bundle import Bundle
+    from parnet_export.network import Network
+    from parnet_export.verify import Check, Proof
+
+
+class _Activation(StrEnum):
+    AUTO = "auto"
+    SILU = "silu"
+    RELU = "relu"
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
+    ckpt: Annotated[
+        str | None,
+        typer.Option(
+            help="Also compare with the checkpoint or catalogue name that it was made from.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Random inputs besides the others.")] = 8,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the inputs, and of a catalogue name's random weights.")
+    ] = 0,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Catalogue name that the checkpoint must turn out to be.", metavar="NAME"
+        ),
+    ] = None,
+    activation: Annotated[
+        _Activation, typer.Option(help="SiLU or ReLU; auto tells from the checkpoint.")
+    ] = _Activation.AUTO,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
+    ] = None,
+) -> None:
+    """Prove that a bundle is intact, and that its segments compute what they were made from."""
+    from parnet_engines.bundle_proof import prove_bundle
+    from parnet_export import console
+    from parnet_export.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    source = None
+    if ckpt is not None:
+        from parnet_export.source import load_network
+
+        with console.working(f"loading {ckpt}"):
+            source = load_network(
+                ckpt, arch=arch, activation=activation.value, use_ema=use_ema, seed=seed
+            )
+    with console.working("running whole and split" + (" and source" if source else "")):
+        proof = prove_bundle(opened, source=source, random_samples=samples, seed=seed)
+    console.show(
+        _as_dict(opened, source, proof),
+        _table(opened, source, proof),
+        as_json=as_json,
+        output=output,
+    )
+    proof.require(_consequence(opened, source))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to a command line."""
+    app.command()(verify)
+
+
+def _as_dict(bundle: Bundle, source: Network | None, proof: Proof) -> dict[str, object]:
+    origin = bundle.manifest.provenance
+    return {
+        "bundle": str(bundle.path),
+        "network": origin.network,
+        "weights": origin.weights,
+        "seed": origin.seed,
+        "precision": bundle.manifest.precision,
+        "source": source.provenance if source else None,
+        "passed": proof.passed,
+        "checks": proof.checks,
+    }
+
+
+def _table(bundle: Bundle, source: Network | None, proof: Proof) -> Table:
+    """Show one row for each kind of input and one column for each comparison."""
+    from rich.table import Table
+
+    from parnet_export.console import printable
+
+    title = f"{bundle.label}, {bundle.manifest.precision}"
+    table = Table(
+        title=printable(f"{title}, against {source.label}" if source else title),
+        caption=f"Relative errors. Schema and digests of {len(bundle.manifest.files)} files agree.",
+    )
+    limits = {check.name: check.limit for check in proof.checks}
+    table.add_column("inputs")
+    for name, limit in limits.items():
+        table.add_column(f"{name}\nlimit {limit:.0e}", justify="right")
+    cells = {(check.inputs, check.name): check for check in proof.checks}
+    for inputs in dict.fromkeys(check.inputs for check in proof.checks):
+        row = (cells.get((inputs, name)) for name in limits)
+        table.add_row(inputs, *(_error(check) if check else "" for check in row))
+    return table
+
+
+def _error(check: Check) -> str:
+    return f"{check.error:.1e}" if check.passed else f"FAILED {check.error:.1e}"
+
+
+def _consequence(bundle: Bundle, source: Network | None) -> str:
+    """Say what a failed check means, and where two random networks differ."""
+    if source is None:
+        return "Make the bundle again with `parnet-export split-streams`."
+    ours, theirs = bundle.manifest.provenance, source.provenance
+    if ours.weights == theirs.weights == "random" and ours.seed != theirs.seed:
+        return (
+            f"The bundle's random weights are of seed {ours.seed}, "
+            f"those of {theirs.source} of seed {theirs.seed}."
+        )
+    return f"The bundle does not compute what {theirs.source} computes."

@@ -1,0 +1,283 @@
+"""The ``parnet-export`` command line.
+
+A thin layer: every command loads what it needs when it runs, so that ``--help``
+loads neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from parnet_engines import cli as engines_cli
+from parnet_export import console
+from parnet_export.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from rich.table import Table
+
+    from parnet_export.bundle import Provenance
+    from parnet_export.inspection import Inspection
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Take a multi-stream network from its checkpoint to segments that run in parallel.",
+)
+
+Arch = Annotated[
+    str | None,
+    typer.Option(help="Catalogue name that the checkpoint must turn out to be.", metavar="NAME"),
+]
+Activation = Annotated[
+    Literal["auto", "silu", "relu"],
+    typer.Option(help="The network's activation; auto tells it from the checkpoint."),
+]
+UseEma = Annotated[bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of a catalogue name's random weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
+]
+
+
+@app.command()
+def fuse(
+    ckpt: Annotated[
+        str, typer.Option("--ckpt", help="Checkpoint or catalogue name.", metavar="SOURCE")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: NAME.fused.safetensors beside the checkpoint.", metavar="F"),
+    ] = None,
+    level: Annotated[
+        Literal["repvgg", "full"],
+        typer.Option(help="repvgg: as ParNet's authors do it. full: everything that folds."),
+    ] = "full",
+    arch: Arch = None,
+    activation: Activation = "auto",
+    use_ema: UseEma = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """Fuse a trained network into its inference form, prove it equal, and write it."""
+    from parnet_export.checkpoint import write_safetensors
+    from parnet_export.network import Header
+    from parnet_export.pipeline import beside, fuse_and_prove
+    from parnet_export.source import load_network
+
+    with console.working(f"loading {ckpt}"):
+        network = load_network(ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=seed)
+    with console.working("fusing, and proving that both forms compute the same"):
+        fused, proof = fuse_and_prove(network, level)
+    path = out or beside(ckpt, ".fused.safetensors")
+    with console.working(f"writing {path}"):
+        write_safetensors(path, fused.module.state_dict(), Header.of(fused).encode())
+
+    before, after = (
+        sum(parameter.numel() for parameter in form.module.parameters())
+        for form in (network, fused)
+    )
+    result: dict[str, object] = {
+        "network": network.name,
+        "weights": network.provenance.weights,
+        "seed": network.provenance.seed,
+        "architecture": network.provenance.architecture,
+        "activation": network.provenance.activation,
+        "level": fused.level,
+        "parameters_before": before,
+        "parameters_after": after,
+        "float64_error": proof.float64_error,
+        "float32_error": proof.float32_error,
+        "file": str(path),
+    }
+    table = _facts(network.label)
+    table.add_row("architecture", network.provenance.architecture)
+    table.add_row("activation", network.provenance.activation)
+    table.add_row("fused", f"from level {network.level} to level {fused.level}")
+    table.add_row("parameters", f"{before:,} before, {after:,} after")
+    table.add_row(
+        "difference",
+        f"{proof.float64_error:.1e} in float64, {proof.float32_error:.1e} in float32, "
+        "relative to the largest output",
+    )
+    table.add_row("written to", str(path))
+    console.show(result, table, as_json=as_json, output=output)
+
+
+@app.command()
+def split_streams(
+    source: Annotated[
+        str,
+        typer.Argument(help="Fused file, checkpoint, ONNX file or catalogue name."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the bundle. Default: NAME.bundle beside the source.", metavar="DIR"
+        ),
+    ] = None,
+    level: Annotated[
+        Literal["none", "repvgg", "full"] | None,
+        typer.Option(help="How far a network in training form is fused first. Default: full."),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Height and width of the images. Default: the network's.", metavar="PX"),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Images per inference, or dynamic. Default: 1.", metavar="N|dynamic"),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16"],
+        typer.Option(help="Type of the weights and of the tensors between segments."),
+    ] = "fp32",
+    min_gain: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Keep a parallel region that saves this share of the network's time."
+        ),
+    ] = 0.03,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Prove that whole and split graph agree."),
+    ] = True,
+    arch: Arch = None,
+    activation: Activation = "auto",
+    use_ema: UseEma = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """Export a network to ONNX, split it into segments, and write them as a bundle."""
+    from parnet_export import inspection, pipeline
+    from parnet_export.source import load_network
+    from parnet_export.split import SplitOptions
+
+    images = _parse_batch(batch)
+    model: ir.Model
+    provenance: Provenance
+    if source.endswith(".onnx"):
+        fixed = {"--level": level, "--resolution": resolution, "--batch": batch, "--arch": arch}
+        for option, value in fixed.items():
+            if value is not None:
+                problem = f"{source} is a graph already, and has its own"
+                raise InputError(option, problem, "Leave the option out")
+        with console.working(f"reading {source}"):
+            model, provenance = pipeline.read_graph(Path(source))
+    else:
+        with console.working(f"loading {source}"):
+            network = load_network(
+                source, arch=arch, activation=activation, use_ema=use_ema, seed=seed
+            )
+        with console.working("exporting to ONNX"):
+            model, provenance = pipeline.export_graph(
+                network, level=level or "full", resolution=resolution, batch=images
+            )
+    path = out or pipeline.beside(source, ".bundle")
+    with console.working(f"splitting, proving and writing {path}"):
+        bundle, notes = pipeline.make_bundle(
+            model,
+            provenance,
+            path,
+            precision=precision,
+            options=SplitOptions(min_gain=min_gain),
+            prove=verify,
+            command=("parnet-export", *sys.argv[1:]),
+        )
+    _show_inspection(inspection.inspect(bundle), as_json=as_json, output=output)
+    for note in notes:
+        console.note(note)
+    if not verify:
+        console.warn("the split is not proven; `parnet-export verify` does it later")
+    console.note(f"wrote {path}")
+
+
+@app.command("inspect")
+def inspect_bundle(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw the stream graph, as SVG.", metavar="F")
+    ] = None,
+    as_json: AsJson = False,
+    output: Output = None,
+) -> None:
+    """Show the segments of a bundle, their cost, and what running them in parallel can gain."""
+    from parnet_export import files, inspection, picture
+    from parnet_export.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if svg is not None:
+        files.write_text(svg, picture.render_svg(opened.stream_graph, opened.label))
+    _show_inspection(inspection.inspect(opened), as_json=as_json, output=output)
+
+
+@app.command()
+def models(as_json: AsJson = False, output: Output = None) -> None:
+    """List the networks that can be named instead of giving a file."""
+    from rich.table import Table
+
+    from parnet_export.census import list_catalogue
+
+    with console.working("counting"):
+        rows = list_catalogue()
+    table = Table(title="Catalogue", title_justify="left", caption_justify="left")
+    table.caption = (
+        "Parameters in millions, unfused and fused; FLOPs are two per multiply-accumulate, of the "
+        "fused network. A catalogue name stands for random weights."
+    )
+    for heading in ("name", "structure"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("params", "repvgg", "full", "FLOPs", "depth", "px"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        counts = (row.parameters, row.parameters_repvgg, row.parameters_full)
+        table.add_row(
+            row.name,
+            row.origin,
+            *(f"{count / 1e6:.2f}" for count in counts),
+            console.format_count(row.flops),
+            str(row.depth),
+            str(row.resolution),
+        )
+    console.show(rows, table, as_json=as_json, output=output)
+
+
+engines_cli.register(app)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(console.run(app))
+
+
+def _parse_batch(batch: str | None) -> int | str:
+    if batch is None:
+        return 1
+    if batch != "dynamic" and not batch.isdecimal():
+        raise InputError("--batch", f"{batch!r} is not a number of images", "Use N or dynamic")
+    return batch if batch == "dynamic" else int(batch)
+
+
+def _show_inspection(found: Inspection, *, as_json: bool, output: Path | None) -> None:
+    from parnet_export import inspection
+
+    console.show(
+        inspection.as_dict(found), inspection.render(found), as_json=as_json, output=output
+    )
+
+
+def _facts(title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,144 @@
+"""From a source to a bundle: fuse, export, split, write."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from parnet_export import files
+from parnet_export.bundle import Provenance
+from parnet_export.errors import CheckFailedError, InputError
+from parnet_export.export import export_network
+from parnet_export.fuse import fuse_network, prove_fusion
+from parnet_export.onnx_graph import load_onnx
+from parnet_export.pack import write_bundle
+from parnet_export.precision import to_fp16
+from parnet_export.source import name_of_file, now, tool_versions
+from parnet_export.split import SplitOptions, split_model
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from parnet_export.bundle import Bundle, Precision
+    from parnet_export.fuse import FusionProof
+    from parnet_export.network import Level, Network
+
+DYNAMIC = "dynamic"
+"""The batch of a graph whose first dimension is left open."""
+
+
+def fuse_and_prove(network: Network, level: Level) -> tuple[Network, FusionProof]:
+    """Fuse a network to `level` and compare both forms on random images.
+
+    Raises
+    ------
+    InputError
+        When the network is already fused further.
+    CheckFailedError
+        When the fused network does not compute the same.
+    """
+    try:
+        fused = fuse_network(network, level)
+    except ValueError as error:
+        source = network.provenance.source
+        raise InputError(source, str(error), "Give the trained checkpoint") from error
+    proof = prove_fusion(network, fused)
+    if not proof.holds:
+        raise CheckFailedError(
+            f"{network.provenance.source}: the fused network differs from the original by "
+            f"{proof.float64_error:.1e} in float64 and {proof.float32_error:.1e} in float32, "
+            "relative to the largest output. Nothing was written."
+        )
+    return fused, proof
+
+
+def export_graph(
+    network: Network, *, level: Level, resolution: int | None, batch: int | str
+) -> tuple[ir.Model, Provenance]:
+    """Export a network, fused to `level` first if it is in training form.
+
+    Parameters
+    ----------
+    network
+        In any form; a fused one stays at its level.
+    level
+        How far a network in training form is fused; ``"none"`` leaves it as it is.
+    resolution
+        Height and width in pixels; the network's own by default.
+    batch
+        Images per inference, or `DYNAMIC`.
+    """
+    if network.level == "none" and level != "none":
+        network, _ = fuse_and_prove(network, level)
+    images = None if batch == DYNAMIC else int(batch)
+    return export_network(network, resolution=resolution, batch=images), network.provenance
+
+
+def read_graph(path: Path) -> tuple[ir.Model, Provenance]:
+    """Read an ONNX file as a source.
+
+    Raises
+    ------
+    InputError
+        When the file is missing or damaged.
+    """
+    model = load_onnx(path)
+    provenance = Provenance(
+        network=name_of_file(path),
+        source=str(path),
+        source_sha256=files.sha256_of(path),
+        tools=tool_versions(),
+        created=now(),
+    )
+    return model, provenance
+
+
+def make_bundle(
+    model: ir.Model,
+    provenance: Provenance,
+    path: Path,
+    *,
+    precision: Precision = "fp32",
+    options: SplitOptions | None = None,
+    prove: bool = True,
+    command: tuple[str, ...] = (),
+) -> tuple[Bundle, tuple[str, ...]]:
+    """Split a graph into segments and write the bundle.
+
+    Parameters
+    ----------
+    model
+        The whole network.
+    provenance
+        Where it comes from.
+    path
+        The bundle's folder; a bundle that lies there is replaced.
+    precision
+        Element type of weights and of the tensors between segments.
+    options
+        Of the splitter.
+    prove
+        Compare whole and split graph before anything is committed.
+    command
+        The command line to note in the bundle.
+
+    Returns
+    -------
+    bundle, notes
+        The notes say what the splitter found, for people.
+    """
+    graph = to_fp16(model) if precision == "fp16" else model
+    split = split_model(graph, options or SplitOptions())
+    noted = replace(provenance, command=command)
+    bundle = write_bundle(split, path, precision=precision, provenance=noted, prove=prove)
+    return bundle, split.notes
+
+
+def beside(source: str, suffix: str) -> Path:
+    """Return where a result goes by default: beside a source file, else in the current folder.
+
+    ``"weights/parnet_l.pth.tar"`` and ``".bundle"`` give ``weights/parnet_l.bundle``.
+    """
+    path = Path(source)
+    return path.parent / (name_of_file(path) + suffix) if path.exists() else Path(source + suffix)
