@@ -71,6 +71,14 @@ class Instance:
         The tensors that are there from the start.
     predecessors, successors
         The segments that each segment reads from and feeds.
+    producer
+        The segment that produces each tensor, -1 for network inputs.
+    copy_ps
+        What a copy of each tensor takes.
+    lanes_on
+        The lanes of each device.
+    horizon_ps
+        The time by which everything is done if nothing ever overlaps.
     """
 
     lanes: tuple[Lane, ...]
@@ -85,6 +93,9 @@ class Instance:
     network_inputs: tuple[int, ...]
     predecessors: tuple[tuple[int, ...], ...]
     successors: tuple[tuple[int, ...], ...]
+    producer: tuple[int, ...]
+    copy_ps: tuple[int, ...]
+    lanes_on: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, scenario: Scenario, lanes: Sequence[Lane]) -> Instance:

@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from parnet_engines.engine import NullEngine
+from parnet_engines.session import SegmentFailedError, Session
+from parnet_export.bundle import Bundle, Provenance
+from parnet_export.errors import InputError, MissingBackendError
+from parnet_export.pack import write_bundle
+from parnet_export.split import SplitOptions, split_model
+from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+NO_COST = Cost(parameters=0, macs=0, weight_bytes=0, activation_bytes=0, nodes=0, depth=0)
+SHAPE = ("batch", 2)
+
+
+def tensor(name: str) -> TensorSpec:
+    return TensorSpec(name, "float32", SHAPE)
+
+
+def graph_of(edges: Mapping[str, Sequence[str]], outputs: Sequence[str]) -> StreamGraph:
+    """Make a stream graph in which every segment produces the tensor of its own name."""
+    return StreamGraph(
+        (tensor("x"),),
+        tuple(map(tensor, outputs)),
+        tuple(
+            Segment(name, tuple(map(tensor, reads)), (tensor(name),), NO_COST)
+            for name, reads in edges.items()
+        ),
+    )
+
+
+FORK = graph_of(
+    {"stem": ["x"], "left": ["stem"], "right": ["stem"], "head": ["left", "right"]}, ["head"]
+)
+
+
+class FakeEngine(NullEngine):
+    """Computes `function` of what the segment reads, in the segment's order."""
+
+    def __init__(self, segment: Segment, function: Callable[..., NDArray[Any]]) -> None:
+        super().__init__(segment)
+        self.function = function
+        self.runs = 0
+        self.closed = 0
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self.runs += 1
+        values = [inputs[spec.name] for spec in self.inputs]
+        return {self.name: self.function(*values)}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def weighted_sum(*values: NDArray[Any]) -> NDArray[Any]:
+    """A sum in which the order of the operands matters."""
+    total = np.ones_like(values[0])
+    for factor, value in enumerate(values, 2):
+        total = total + factor * value
+    return total.astype(np.float32)
+
+
+def fakes(graph: StreamGraph, **functions: Callable[..., NDArray[Any]]) -> dict[str, FakeEngine]:
+    return {
+        segment.name: FakeEngine(segment, functions.get(segment.name, weighted_sum))
+        for segment in graph.segments
+    }
+
+
+def image(rows: int = 1, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, 2)).astype(np.float32)
+
+
+def lane_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("parnet-lane")]
+
+
+def threads_of_this_process() -> int:
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+# ------------------------------------------------------------------------ any interleaving
+
+
+@st.composite
+def graphs_with_delays(draw):
+    count = draw(st.integers(1, 8))
+    edges = {}
+    for index in range(count):
+        reads = [f"s{other}" for other in range(index) if draw(st.booleans())]
+        edges[f"s{index}"] = reads or ["x"]
+    delays_ms = {name: draw(st.sampled_from([0.0, 0.0, 0.5, 1.5])) for name in edges}
+    return edges, delays_ms, draw(st.integers(1, 4)), draw(st.integers(1, 3))
+
+
+@settings(deadline=None, max_examples=150)
+@given(graphs_with_delays())
+def test_the_result_is_that_of_running_the_segments_one_after_another(drawn):
+    edges, delays_ms, lanes, callers = drawn
+    graph = graph_of(edges, list(edges))
+
+    def delayed(name: str) -> Callable[..., NDArray[Any]]:
+        def function(*values: NDArray[Any]) -> NDArray[Any]:
+            time.sleep(delays_ms[name] / 1000)
+            return weighted_sum(*values)
+
+        return function
+
+    with Session(graph, fakes(graph, **{n: delayed(n) for n in edges}), lanes=lanes) as session:
+        inputs = [image(rows, seed=rows) for rows in range(1, callers + 1)]
+        with ThreadPoolExecutor(callers) as pool:
+            results = list(pool.map(lambda x: session.run({"x": x}), inputs))
+    for x, result in zip(inputs, results, strict=True):
+        expected = {"x": x}
+        for name, reads in edges.items():
+            expected[name] = weighted_sum(*(expected[read] for read in reads))
+        assert set(result) == set(edges)
+        for name in edges:
+            np.testing.assert_array_equal(result[name], expected[name])
+
+
+def test_independent_segments_run_at_the_same_time():
+    both_are_running = threading.Barrier(2)
+
+    def meet(value: NDArray[Any]) -> NDArray[Any]:
+        both_are_running.wait(timeout=10)
+        return value
+
+    with Session(FORK, fakes(FORK, left=meet, right=meet), lanes=2) as session:
+        session.run({"x": image()})
+
+
+def test_a_segment_starts_as_soon_as_its_own_inputs_are_there():
+    graph = graph_of({"slow": ["x"], "a": ["x"], "b": ["a"], "end": ["slow", "b"]}, ["end"])
+    b_has_run = threading.Event()
+
+    def wait_for_b(value: NDArray[Any]) -> NDArray[Any]:
+        assert b_has_run.wait(timeout=10)
+        return value
+
+    def b(value: NDArray[Any]) -> NDArray[Any]:
+        b_has_run.set()
+        return value
+
+    with Session(graph, fakes(graph, slow=wait_for_b, b=b), lanes=2) as session:
+        session.run({"x": image()})
+
+
+def test_a_network_output_may_be_an_inner_tensor_or_an_input():
+    graph = graph_of({"a": ["x"], "b": ["a"]}, ["b", "a", "x"])
+    x = image()
+    with Session(graph, fakes(graph), lanes=1) as session:
+        outputs = session.run({"x": x})
+    assert list(outputs) == ["b", "a", "x"]
+    np.testing.assert_array_equal(outputs["a"], weighted_sum(x))
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+def fail(*_: object) -> NDArray[Any]:
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("name", ["stem", "left", "head"])
+def test_an_error_in_a_segment_reaches_the_caller_with_its_name(name):
+    engines = fakes(FORK, **{name: fail})
+    with Session(FORK, engines, lanes=2) as session:
+        with pytest.raises(
+            SegmentFailedError, match=f"segment '{name}' failed: RuntimeError: out of luck"
+        ) as caught:
+            session.run({"x": image()})
+        assert caught.value.segment == name
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        engines[name].function = weighted_sum
+        assert set(session.run({"x": image()})) == {"head"}
+
+
+def test_after_an_error_nothing_more_starts_and_what_runs_ends_first():
+    left_has_failed = threading.Event()
+    ended = []
+
+    def fail_first(*_: object) -> NDArray[Any]:
+        left_has_failed.set()
+        raise RuntimeError("out of luck")
+
+    def end_later(value: NDArray[Any]) -> NDArray[Any]:
+        left_has_failed.wait(timeout=10)
+        time.sleep(0.02)
+        ended.append("right")
+        return value
+
+    graph = graph_of(
+        {"left": ["x"], "right": ["x"], "queued": ["x"], "after": ["right"]}, ["after"]
+    )
+    engines = fakes(graph, left=fail_first, right=end_later)
+    engines["queued"].function = lambda value: time.sleep(0.1) or value
+    with Session(graph, engines, lanes=2) as session:
+        with pytest.raises(SegmentFailedError):
+            session.run({"x": image()})
+        assert ended == ["right"]
+        runs = engines["queued"].runs
+        time.sleep(0.05)
+        assert engines["queued"].runs == runs
+    assert engines["after"].runs == 0
+
+
+def test_an_error_of_one_caller_does_not_disturb_another():
+    def fail_on_three_rows(value: NDArray[Any]) -> NDArray[Any]:
+        if len(value) == 3:
+            raise RuntimeError("three rows")
+        return weighted_sum(value)
+
+    with Session(FORK, fakes(FORK, left=fail_on_three_rows), lanes=2) as session:
+
+        def outcome(rows: int) -> str:
+            try:
+                return str(session.run({"x": image(rows)})["head"].shape)
+            except SegmentFailedError as error:
+                return str(error.__cause__)
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(outcome, [1, 3, 2, 3] * 10))
+    assert found == ["(1, 2)", "three rows", "(2, 2)", "three rows"] * 10
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, r"input 'x': is missing. The network takes x float32 \[batch, 2\]\."),
+        ({"x": 0, "y": 0}, r"input 'y': is not an input of the network\. The network takes x"),
+        ({"x": np.zeros((1, 2))}, r"input 'x': was given as float64 \[1, 2\]\. The network takes"),
+        ({"x": np.zeros((1, 3), np.float32)}, r"was given as float32 \[1, 3\]"),
+        ({"x": np.zeros(2, np.float32)}, r"was given as float32 \[2\]"),
+        ({"x": np.zeros((0, 2), np.float32)}, r"was given as float32 \[0, 2\]"),
+        ({"x": "image.png"}, r"input 'x': was given as"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_with_what_is_expected(inputs, message):
+    with Session(FORK, fakes(FORK), lanes=2) as session, pytest.raises(InputError, match=message):
+        session.run(inputs)
+
+
+def test_a_symbolic_dimension_has_one_size_in_all_inputs():
+    graph = StreamGraph(
+        (tensor("x"), tensor("y")),
+        (tensor("s"),),
+        (Segment("s", (tensor("x"), tensor("y")), (tensor("s"),), NO_COST),),
+    )
+    with Session(graph, fakes(graph), lanes=1) as session:
+        session.run({"x": image(3), "y": image(3)})
+        with pytest.raises(InputError, match=r"input 'y': was given as float32 \[2, 2\]"):
+            session.run({"x": image(3), "y": image(2)})
+
+
+def test_a_session_needs_an_engine_for_every_segment_and_a_lane():
+    with pytest.raises(ValueError, match=r"no engine for \['head'\]"):
+        Session(FORK, {k: v for k, v in fakes(FORK).items() if k != "head"}, lanes=1)
+    with pytest.raises(ValueError, match="no lane"):
+        Session(FORK, fakes(FORK), lanes=0)
+
+
+# --------------------------------------------------------------------------------- closing
+
+
+def test_closing_twice_closes_every_engine_and_leaves_no_thread():
+    engines = fakes(FORK)
+    session = Session(FORK, engines, lanes=3)
+    session.run({"x": image()})
+    assert lane_threads()
+    session.close()
+    session.close()
+    assert lane_threads() == []
+    assert all(engine.closed for engine in engines.values())
+    with pytest.raises(ValueError, match="the session is closed"):
+        session.run({"x": image()})
+
+
+def test_closing_waits_for_calls_under_way():
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def wait_for_permission(value: NDArray[Any]) -> NDArray[Any]:
+        under_way.set()
+        assert go_on.wait(timeout=10)
+        return value
+
+    engines = fakes(FORK, left=wait_for_permission)
+    session = Session(FORK, engines, lanes=2)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(session.run, {"x": image()})
+        assert under_way.wait(timeout=10)
+        closing = pool.submit(session.close)
+        time.sleep(0.02)
+        assert not closing.done()
+        assert engines["stem"].closed == 0
+        go_on.set()
+        assert set(running.result(timeout=10)) == {"head"}
+        closing.result(timeout=10)
+    assert lane_threads() == []
+
+
+def test_an_error_in_the_with_block_closes_the_session():
+    engines = fakes(FORK)
+    with pytest.raises(KeyError), Session(FORK, engines, lanes=2) as session:
+        session.run({"x": image()})["no such output"]
+    assert lane_threads() == []
+    assert engines["stem"].closed == 1
+
+
+def test_two_sessions_side_by_side_do_not_meet():
+    with (
+        Session(FORK, fakes(FORK), lanes=2) as one,
+        Session(FORK, fakes(FORK, head=lambda a, b: a - b), lanes=2) as two,
+    ):
+        x = image()
+        first, second = one.run({"x": x})["head"], two.run({"x": x})["head"]
+    assert not np.array_equal(first, second)
+
+
+# --------------------------------------------------------------------------- real bundles
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    """A bundle of a stem, two convolution branches and a head, on 16 px images."""
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> Any:
+        value = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        return numpy_helper.from_array(value.astype(np.float32), name)
+
+    def conv(source: str, weight: str, target: str) -> Any:
+        return helper.make_node("Conv", [source, weight], [target], pads=[1, 1, 1, 1])
+
+    graph = helper.make_graph(
+        [
+            conv("image", "w0", "stem"),
+            conv("stem", "w1", "left1"),
+            conv("left1", "w2", "left2"),
+            conv("stem", "w3", "right1"),
+            conv("right1", "w4", "right2"),
+            helper.make_node("Add", ["left2", "right2"], ["sum"]),
+            helper.make_node("GlobalAveragePool", ["sum"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["logits"]),
+        ],
+        "branches",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ("batch", 3, 16, 16))],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ("batch", 64))],
+        [weight("w0", 64, 3, 3, 3), *(weight(f"w{i}", 64, 64, 3, 3) for i in range(1, 5))],
+    )
+    model = ir.from_proto(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    )
+    split = split_model(model, SplitOptions(min_gain=0.0))
+    return write_bundle(
+        split,
+        tmp_path_factory.mktemp("bundle") / "b",
+        precision="fp32",
+        provenance=Provenance("branches", "test", weights="random", seed=0),
+    )
+
+
+def photo(batch: int) -> NDArray[np.float32]:
+    return np.random.default_rng(batch).standard_normal((batch, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 5])
+def test_streams_and_whole_agree_from_path_and_from_bundle(bundle, threads):
+    assert len(bundle.stream_graph.segments) > 2
+    with (
+        Session.open(bundle, threads=threads) as streams,
+        Session.open(str(bundle.path), "cpu", plan="whole", threads=threads) as whole,
+    ):
+        assert streams.inputs == whole.inputs == bundle.stream_graph.inputs
+        assert streams.outputs == whole.outputs == bundle.stream_graph.outputs
+        for batch in (1, 2, 7):
+            split, one = (s.run({"image": photo(batch)})["logits"] for s in (streams, whole))
+            assert split.shape == (batch, 64)
+            np.testing.assert_allclose(split, one, atol=1e-6 * np.abs(one).max())
+
+
+def test_many_threads_may_run_one_session(bundle):
+    with Session.open(bundle) as session, ThreadPoolExecutor(8) as pool:
+        batches = list(itertools.islice(itertools.cycle([1, 2, 3]), 24))
+        expected = {n: session.run({"image": photo(n)})["logits"] for n in (1, 2, 3)}
+        for batch, result in zip(
+            batches, pool.map(lambda n: session.run({"image": photo(n)}), batches), strict=True
+        ):
+            np.testing.assert_allclose(result["logits"], expected[batch], rtol=1e-5, atol=1e-6)
+
+
+def test_a_closed_session_of_a_bundle_leaves_no_thread(bundle):
+    before = threads_of_this_process()
+    session = Session.open(bundle, threads=4)
+    session.run({"image": photo(1)})
+    assert threads_of_this_process() > before
+    session.close()
+    assert threads_of_this_process() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": "0,1,2"}, "devices '0,1,2': this version runs on the CPU only. Use 'cpu'."),
+        ({"devices": ""}, "devices '': this version runs on the CPU only"),
+        ({"plan": "authors"}, "plan 'authors': is unknown. Use 'streams' or 'whole'."),
+        ({"threads": 0}, "threads 0: is less than one"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_message_with_exit_code_two(bundle, options, message):
+    with pytest.raises(InputError) as caught:
+        Session.open(bundle, **options)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_path_that_is_no_bundle_is_named(tmp_path):
+    with pytest.raises(InputError, match="is not a bundle"):
+        Session.open(tmp_path)
+
+
+def test_an_absent_runtime_is_named(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingBackendError, match="Running on the CPU needs"):
+        Session.open(bundle)
