@@ -215,7 +215,9 @@ def inspect_bundle(
 
     opened = open_bundle(bundle)
     if svg is not None:
-        files.write_text(svg, picture.render_svg(opened.stream_graph, opened.label))
+        files.write_text(
+            svg, picture.render_svg(opened.stream_graph, opened.label, opened.manifest.whole_cost)
+        )
     _show_inspection(inspection.inspect(opened), as_json=as_json, output=output)
 
 
@@ -228,24 +230,25 @@ def models(as_json: AsJson = False, output: Output = None) -> None:
 
     with console.working("counting"):
         rows = list_catalogue()
-    table = Table(title="Catalogue", title_justify="left", caption_justify="left")
+    table = Table(title="Catalogue", title_justify="left", caption_justify="left", box=None)
+    table.padding = (0, 2, 0, 0)
     table.caption = (
-        "Parameters in millions, unfused and fused; FLOPs are two per multiply-accumulate, of the "
-        "fused network. A catalogue name stands for random weights."
+        "Parameters in millions: unfused, and fused at level repvgg and full. GFLOP: 10^9, two "
+        "per multiply-accumulate, of one image at level repvgg. A name stands for random weights."
     )
-    for heading in ("name", "structure"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("params", "repvgg", "full", "FLOPs", "depth", "px"):
+    table.add_column("name", no_wrap=True)
+    for heading in ("params", "repvgg", "full", "GFLOP", "depth", "px"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("structure", no_wrap=True)
     for row in rows:
         counts = (row.parameters, row.parameters_repvgg, row.parameters_full)
         table.add_row(
             row.name,
-            row.origin,
             *(f"{count / 1e6:.2f}" for count in counts),
-            console.format_count(row.flops),
+            f"{row.flops / 1e9:.2f}",
             str(row.depth),
             str(row.resolution),
+            row.origin,
         )
     console.show(rows, table, as_json=as_json, output=output)
 
@@ -277,7 +280,7 @@ def _show_inspection(found: Inspection, *, as_json: bool, output: Path | None) -
 def _facts(title: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     _Rank = tuple[float, int, int, int, int, int]
 
+_CLUSTERS_PER_MERGE = 25
+"""Up to this many clusters, every merge is the best of all; above, the best few go together."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
@@ -183,16 +186,30 @@ class _Quotient:
         self.time_us[u] += self.time_us[v]
 
     def heaviest_chain_us(self, clusters: int, limit_us: float) -> float:
-        """Return the time of the heaviest chain within a bit set, infinity above a limit."""
+        """Return the time of the heaviest chain within a bit set, infinity above a limit.
+
+        The set is convex, so that chains within it are paths. The search goes deep
+        first and stops at the first path above the limit.
+        """
         finish: dict[int, float] = {}
-        in_order = sorted(
-            _bits(clusters), key=lambda c: (self.ancestors[c] & self.alive).bit_count()
-        )
-        for cluster in in_order:
-            before = max((finish.get(p, 0.0) for p in self.predecessors[cluster]), default=0.0)
-            finish[cluster] = before + self.time_us[cluster]
-            if finish[cluster] > limit_us:
-                return math.inf
+        for last in _bits(clusters):
+            path = [last]
+            path_us = self.time_us[last]
+            while path:
+                if path_us > limit_us:
+                    return math.inf
+                cluster = path[-1]
+                before = [p for p in self.predecessors[cluster] if clusters >> p & 1]
+                unknown = next((p for p in before if p not in finish), None)
+                if unknown is None:
+                    start = max((finish[p] for p in before), default=0.0)
+                    finish[cluster] = start + self.time_us[cluster]
+                    path_us -= self.time_us[path.pop()]
+                    if finish[cluster] > limit_us:
+                        return math.inf
+                else:
+                    path.append(unknown)
+                    path_us += self.time_us[unknown]
         return max(finish.values(), default=0.0)
 
     def traffic_saved(self, u: int, v: int) -> int:
@@ -240,33 +257,23 @@ class _Merger:
     def merge_neighbours(self) -> bool:
         """Merge clusters with readers of theirs until no pair is left; return whether any did.
 
-        A merge can change what every other pair loses. Pairs are therefore weighed
-        again when their turn comes, and rejected ones once more after the last merge.
+        A merge changes what other pairs lose. Small graphs are weighed anew after every
+        merge; in large ones, for speed, the best few pairs merge at a time, each only
+        if it has not become worse.
         """
         quotient = self._quotient
         merged = False
-        pairs = [(u, v) for u in _bits(quotient.alive) for v in sorted(quotient.successors[u])]
-        queue = [rank for u, v in pairs if (rank := self._rank_neighbours(u, v))]
-        heapq.heapify(queue)
-        while queue:
-            old = heapq.heappop(queue)
-            u, v = old[-2:]
-            if v not in quotient.successors[u]:
-                continue  # one of them is part of another cluster by now
-            new = self._rank_neighbours(u, v)
-            if new is None:
-                continue
-            if queue and new > queue[0]:
-                heapq.heappush(queue, new)
-                continue
-            quotient.merge(u, v)
+        while True:
+            pairs = ((u, v) for u in _bits(quotient.alive) for v in quotient.successors[u])
+            ranks = sorted(rank for pair in pairs if (rank := self._rank_neighbours(*pair)))
+            if not ranks:
+                return merged
             merged = True
-            around = [(before, u) for before in quotient.predecessors[u]]
-            around += [(u, after) for after in quotient.successors[u]]
-            for pair in around:
-                if rank := self._rank_neighbours(*pair):
-                    heapq.heappush(queue, rank)
-        return merged
+            for rank in ranks[: max(1, quotient.alive.bit_count() // _CLUSTERS_PER_MERGE)]:
+                u, v = rank[-2:]
+                again = self._rank_neighbours(u, v) if v in quotient.successors[u] else None
+                if again and again <= rank:
+                    quotient.merge(u, v)
 
     def merge_leftovers(self) -> bool:
         """Merge clusters too small for a lane with a cluster beside them.

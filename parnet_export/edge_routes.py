@@ -99,17 +99,33 @@ def _entries(boxes: Sequence[Box], arcs: Iterable[Arc]) -> dict[Arc, Point]:
     for consumer_index, sources in arriving.items():
         box = boxes[consumer_index]
         sources.sort(key=itemgetter(0))
-        last = len(sources) - 1
-        level = next((i for i, (_, straight, _) in enumerate(sources) if straight), None)
-        anchor = last / 2 if level is None else level
-        anchor_y = box.y + box.node.port_y if level is None else sources[level][0]
-        above = min(ENTRY_SPACING, (anchor_y - box.y - _CORNER) / max(anchor, 1))
-        below = min(ENTRY_SPACING, (box.bottom - _CORNER - anchor_y) / max(last - anchor, 1))
-        for index, (y, straight, arc) in enumerate(sources):
-            steps = index - anchor
-            around = anchor_y + steps * (below if steps > 0 else above)
-            entries[arc] = (box.x, y if straight else around)
+        entries |= _around_straight_ones(sources, box)
     return entries
+
+
+def _around_straight_ones(sources: Sequence[tuple[float, bool, Arc]], box: Box) -> dict[Arc, Point]:
+    """Spread sources over the left side of a box, from top to bottom.
+
+    Parameters
+    ----------
+    sources
+        For each arc, where it comes from and whether it arrives straight from there.
+    """
+    last = len(sources) - 1
+    levels: dict[float, float] = {i: y for i, (y, straight, _) in enumerate(sources) if straight}
+    if not levels:
+        levels = {last / 2: box.y + box.node.port_y}
+    first_level, last_level = min(levels), max(levels)
+    room_above = levels[first_level] - box.y - _CORNER
+    room_below = box.bottom - _CORNER - levels[last_level]
+    above = min(ENTRY_SPACING, room_above / max(first_level, 1))
+    below = min(ENTRY_SPACING, room_below / max(last - last_level, 1))
+    places = {}
+    for index, (_, _, arc) in enumerate(sources):
+        level = max((i for i in levels if i <= index), default=first_level)
+        steps = index - level
+        places[arc] = (box.x, levels[level] + steps * (below if steps > 0 else above))
+    return places
 
 
 def _ways(start: Point, end: Point, boxes: Sequence[Box]) -> Iterator[tuple[Point, ...]]:
@@ -117,7 +133,7 @@ def _ways(start: Point, end: Point, boxes: Sequence[Box]) -> Iterator[tuple[Poin
     (x0, y0), (x1, y1) = start, end
     if x1 - x0 <= 2 * COLUMN_GAP or y0 == y1:
         yield start, end
-    if x1 - x0 > COLUMN_GAP:
+    if x1 - x0 > 1.5 * COLUMN_GAP:
         yield start, (x0 + COLUMN_GAP, y1), end
         yield start, (x1 - COLUMN_GAP, y0), end
     if x1 - x0 > 2 * COLUMN_GAP:

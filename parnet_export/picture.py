@@ -83,8 +83,9 @@ def render_svg(graph: StreamGraph, title: str, cost: Cost | None = None) -> str:
     -------
     str
         A standalone SVG document; equal arguments give equal documents. Segments carry the
-        attribute ``data-segment``; edges carry ``data-tensor``, and ``data-from`` and
-        ``data-to`` where a segment is at that end.
+        attribute ``data-segment``, network inputs and outputs ``data-terminal``; edges
+        carry ``data-tensor``, and ``data-from`` and ``data-to`` where a segment is at that
+        end.
     """
     sketch = _sketch(graph)
     boxes = arrange(sketch.nodes, sketch.arcs, sketch.critical)
@@ -272,7 +273,7 @@ def _add_box(
     parent: ET.Element, box: Box, lines: Iterable[str], sketch: _Sketch, *, critical: bool
 ) -> None:
     name, is_segment = printable(box.node.name), box.node.kind == "segment"
-    attributes = {"class": "terminal"}
+    attributes = {"class": "terminal", "data-terminal": name}
     if is_segment:
         attributes = {"class": "segment critical" if critical else "segment", "data-segment": name}
     group = ET.SubElement(parent, "g", attributes)

@@ -7,7 +7,7 @@ starts when everything it reads has been computed. Lengths are in SVG user units
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise, permutations
+from itertools import permutations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -209,9 +209,10 @@ def _spans(nodes: Sequence[Node], arcs: Sequence[Arc], critical: Sequence[int]) 
             )
             ends[index] = x = max(least, starts[index] + width, *shared)
         passed.append((time, x))
-    # The critical path never waits, so its row shows no gap but those for its edges.
-    for before, after in pairwise(critical):
-        ends[before] = starts[after] - COLUMN_GAP
+    # The critical path never waits, so its boxes reach to those that read from them.
+    for index in critical[:-1]:
+        readers = (i for i in segments if index in producers[i])
+        ends[index] = min(starts[reader] for reader in readers) - COLUMN_GAP
 
     spans = []
     for index, node in enumerate(nodes):
@@ -309,7 +310,7 @@ def _assign_rows(
         if not rows.place(index, rows.beside(beside[index]), rights, stacks[index])
     ]
     for index in crowded:
-        rows.place(index, rows.up_to_new(0), rights, stacks[index])
+        rows.place(index, rows.up_to_new(0), rights)
     return [rows.row_of[index] for index in range(len(nodes))]
 
 
