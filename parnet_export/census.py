@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from parnet_export.models.catalog import CATALOG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
     from torch import nn
 
@@ -77,7 +77,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.macs = 0
         self.depth = 0
-        self._depths = WeakIdKeyDictionary()
+        self._depths: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self,

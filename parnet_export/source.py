@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from parnet_export.models.family import Family
+    from parnet_export.network import Level
 
 _SUFFIXES = (".tar", ".pth", ".pt", ".safetensors", ".fused", ".bin", ".ckpt")
 _TOOLS = ("parnet-export", "torch", "onnx", "onnx-ir", "onnxruntime")
@@ -137,19 +138,22 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         seed=seed,
         activation=chosen,
         architecture=family.describe(config),
-        level="none",
         tools=tool_versions(),
         created=now(),
     )
-    return _network(module, family, config, entry.resolution, provenance)
+    return _network(module, family, config, provenance, level="none", resolution=entry.resolution)
 
 
 def _network(
-    module: nn.Module, family: Family, config: Any, resolution: int, provenance: Provenance
+    module: nn.Module,
+    family: Family,
+    config: Any,
+    provenance: Provenance,
+    *,
+    level: Level,
+    resolution: int,
 ) -> Network:
-    level = provenance.level
-    if level not in ("none", "repvgg", "full"):
-        raise ValueError(f"has the unknown fuse level {level!r}")
+    provenance = replace(provenance, level=level)
     module = module.float().eval().requires_grad_(requires_grad=False)
     multiple = family.input_multiple(config)
     return Network(module, family.key, config, level, resolution, multiple, provenance)
@@ -173,14 +177,15 @@ def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Net
         weights="trained",
         activation=restored.activation,
         architecture=family.describe(restored.config),
-        level=restored.level,
         tools=tool_versions(),
         created=now(),
     )
     module = family.build(restored.config, restored.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, path)
     resolution = family.resolution(restored.config)
-    return _network(module, family, restored.config, resolution, provenance)
+    return _network(
+        module, family, restored.config, provenance, level=restored.level, resolution=resolution
+    )
 
 
 def _from_header(
@@ -197,11 +202,17 @@ def _from_header(
     if activation not in ("auto", wanted):
         problem = f"was fused with {wanted}, so it cannot be used with {activation}"
         raise InputError(checkpoint.path, problem, "Fuse the checkpoint again with --activation")
-    provenance = replace(header.provenance, level=header.level)
     _check_arch(checkpoint.path, family, config, arch)
     module = family.build(config, header.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, checkpoint.path)
-    return _network(module, family, config, header.resolution, provenance)
+    return _network(
+        module,
+        family,
+        config,
+        header.provenance,
+        level=header.level,
+        resolution=header.resolution,
+    )
 
 
 def _recognise(checkpoint: Checkpoint) -> Family:

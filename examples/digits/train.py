@@ -38,7 +38,7 @@ CONFIG = ParNetConfig(
     variant="cifar",
     dropout=0.1,
 )
-"""Half as wide as the smallest CIFAR network of the paper, whose digits are easier."""
+"""Half as wide as the smallest of the paper's CIFAR networks, because digits are easier."""
 
 _WARM_UP_SHARE = 0.1
 _TEST_BATCH = 64
@@ -128,7 +128,7 @@ def train(digits: Digits, settings: Settings, config: ParNetConfig = CONFIG) -> 
         for epoch in range(settings.epochs):
             total_loss = 0.0
             order = torch.randperm(len(digits), generator=generator)
-            for places in order[: steps * settings.batch].split(settings.batch):
+            for places in torch.split(order[: steps * settings.batch], settings.batch):
                 images = augment(digits.images[places], generator)
                 # Channels last in memory is the quicker order on CPUs.
                 logits = network(images.contiguous(memory_format=torch.channels_last))
@@ -148,7 +148,7 @@ def train(digits: Digits, settings: Settings, config: ParNetConfig = CONFIG) -> 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, digits: Digits) -> float:
     """Return the share of `digits` that a network in evaluation mode names rightly."""
-    batches = digits.images.split(_TEST_BATCH)
+    batches = torch.split(digits.images, _TEST_BATCH)
     predictions = torch.cat([network(images).argmax(1) for images in batches])
     return float((predictions == digits.labels).double().mean())
 

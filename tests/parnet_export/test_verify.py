@@ -87,15 +87,27 @@ def test_a_check_passes_up_to_its_limit_and_never_on_nan():
 
 def test_a_proof_needs_checks_and_all_of_them():
     assert not Proof("p", ()).passed
-    good, bad = Check("good", "n", 0, 1), Check("bad", "n", 2, 1)
+    good, bad = Check("good", "n", 0, 1), Check("bad", "n", 2, 1, "off by 2")
     assert Proof("p", (good,)).passed
     assert not Proof("p", (good, bad)).passed
     Proof("p", (good,)).require("Nothing was written.")
     with pytest.raises(
         CheckFailedError,
-        match=r"^p: 1 of 2 checks failed: bad, n \(error 2, limit 1\)\. Nothing was written\.$",
+        match=r"^p: 1 of 2 checks failed: bad \(n, off by 2\)\. Nothing was written\.$",
     ):
         Proof("p", (good, bad)).require("Nothing was written.")
+
+
+def test_a_failed_proof_names_the_worst_inputs_of_each_comparison():
+    checks = [
+        Check("a", inputs, error, 1, f"off by {error}")
+        for inputs, error in (("few", 2), ("most", 9), ("some", 5))
+    ]
+    with pytest.raises(CheckFailedError) as caught:
+        Proof("p", (*checks, Check("nodes", "", 3, 0, "3 are lost"))).require("Stop.")
+    assert str(caught.value) == (
+        "p: 4 of 4 checks failed: a (most, off by 9); nodes (3 are lost). Stop."
+    )
 
 
 def test_checks_are_ready_for_json():
@@ -140,10 +152,13 @@ def test_where_the_reference_is_not_finite_the_other_must_be_the_same():
 
 
 def test_a_reference_that_is_never_finite_proves_nothing():
-    reference = outputs([1, np.nan])
-    checks = compare_outputs("c", samples("n"), reference, reference, 1.0)
-    assert [check.passed for check in checks] == [True, False]
-    assert "on every input" in checks[-1].detail
+    reference = [
+        {"y": np.array([1.0, np.nan]), "z": np.ones(1)},
+        {"y": np.array([np.inf, 1.0]), "z": np.ones(1)},
+    ]
+    checks = compare_outputs("c", samples("n", "m"), reference, reference, 1.0)
+    assert [check.passed for check in checks] == [True, True, False]
+    assert checks[-1].detail == "'y' of the reference has NaN or infinite values"
 
 
 def test_an_output_of_another_shape_says_so():
