@@ -74,7 +74,7 @@ class _Counter(TorchDispatchMode):
     """Adds up multiply-accumulates, and follows the longest chain of layers to each tensor."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.macs = 0
         self.depth = 0
         self._depths: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()

@@ -1,0 +1,105 @@
+"""Documentation that a machine can check is checked: commands, options and README's commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import typing
+
+import pytest
+import typer.main
+
+import parnet_bench.cli
+import parnet_export.cli
+
+PROGRAMS = {"parnet-export": parnet_export.cli.app, "parnet-bench": parnet_bench.cli.app}
+
+
+def commands():
+    for program, app in PROGRAMS.items():
+        group = typer.main.get_command(app)
+        for name, command in getattr(group, "commands", {}).items():
+            yield f"{program} {name}", command
+
+
+def reference():
+    """Render the command reference from the command lines themselves."""
+    lines = [
+        "# Commands",
+        "",
+        "Written by `UPDATE_GOLDEN=1 .venv/bin/pytest tests/test_docs.py`; a test compares.",
+        "",
+        "Results go to standard output, progress and notes to standard error. Exit codes: 0 done,",
+        "1 a check failed, 2 bad usage or bad input, 130 interrupted.",
+    ]
+    for name, command in commands():
+        lines += ["", f"## {name}", "", " ".join((command.help or "").split()), ""]
+        lines += ["| option | meaning | default |", "|---|---|---|"]
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            if parameter.param_type_name == "argument":
+                label = f"`{parameter.metavar or parameter.name.upper()}`"
+            else:
+                names = [*parameter.opts, *parameter.secondary_opts]
+                label = ", ".join(f"`{option}`" for option in names)
+            choices = typing.get_args(parameter.type_descriptor.annotation)
+            if choices:
+                label += f" ({', '.join(map(str, choices))})"
+            default = parameter.default
+            shown = "" if default in (None, False, "", ()) or callable(default) else f"`{default}`"
+            meaning = " ".join((getattr(parameter, "help", "") or "").split()).replace("|", "\\|")
+            lines.append(f"| {label} | {meaning} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_command_reference_is_up_to_date(root):
+    path = root / "docs" / "commands.md"
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(reference())
+    assert path.read_text() == reference()
+
+
+def test_every_command_and_option_explains_itself():
+    for name, command in commands():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def shown_commands(text):
+    for block in re.findall(r"```(?:console|sh)?\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words and words[0] in PROGRAMS:
+                yield words
+
+
+@pytest.mark.parametrize("document", ["README.md", "examples/digits/README.md"])
+def test_documents_show_only_commands_and_options_that_exist(document, root):
+    known = dict(commands())
+    seen = 0
+    for words in shown_commands((root / document).read_text()):
+        command = known[" ".join(words[:2])]
+        options = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        used = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+        assert used <= options, words
+        seen += 1
+    assert seen or document != "README.md"
+
+
+def test_every_make_target_that_documents_name_exists(root):
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        named = set(
+            re.findall(r"(?:^|`)make ([\w-]+)", (root / document).read_text(), re.MULTILINE)
+        )
+        assert named, document
+        assert named <= targets
+
+
+def test_the_changelog_has_an_entry_to_be_released(root):
+    text = (root / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text
+    assert "### Added" in text
