@@ -81,15 +81,25 @@ def move_into_place(temporary: Path, path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path`; rename it over `path` on success.
 
+    A symbolic link stays one: its target is replaced. A device or a pipe, such as
+    ``/dev/stdout``, has no content to protect and is written to as it is.
+
     Raises
     ------
     InputError
         When the place cannot be written to or the disk is full. The temporary
         file is removed and `path` is as it was.
     """
-    with temporary_sibling(path) as temporary:
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not target.is_file() and not target.is_dir():
+        try:
+            yield target
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return
+    with temporary_sibling(target) as temporary:
         yield temporary
-        move_into_place(temporary, path)
+        move_into_place(temporary, target)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
     from parnet_export.bundle import Bundle
     from parnet_export.network import Network
     from parnet_export.verify import Check, Proof
-
-
-class _Activation(StrEnum):
-    AUTO = "auto"
-    SILU = "silu"
-    RELU = "relu"
 
 
 def verify(
@@ -48,8 +41,9 @@ def verify(
         ),
     ] = None,
     activation: Annotated[
-        _Activation, typer.Option(help="SiLU or ReLU; auto tells from the checkpoint.")
-    ] = _Activation.AUTO,
+        Literal["auto", "silu", "relu"],
+        typer.Option(help="The network's activation; auto tells it from the checkpoint."),
+    ] = "auto",
     use_ema: Annotated[
         bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")
     ] = False,
@@ -70,7 +64,7 @@ def verify(
 
         with console.working(f"loading {ckpt}"):
             source = load_network(
-                ckpt, arch=arch, activation=activation.value, use_ema=use_ema, seed=seed
+                ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=seed
             )
     with console.working("running whole and split" + (" and source" if source else "")):
         proof = prove_bundle(opened, source=source, random_samples=samples, seed=seed)
@@ -111,7 +105,7 @@ def _table(bundle: Bundle, source: Network | None, proof: Proof) -> Table:
     title = f"{bundle.label}, {bundle.manifest.precision}"
     table = Table(
         title=printable(f"{title}, against {source.label}" if source else title),
-        caption=f"Relative errors. Schema and digests of {len(bundle.manifest.files)} files agree.",
+        caption=printable(_caption(bundle)),
     )
     limits = {check.name: check.limit for check in proof.checks}
     table.add_column("inputs")
@@ -122,6 +116,14 @@ def _table(bundle: Bundle, source: Network | None, proof: Proof) -> Table:
         row = (cells.get((inputs, name)) for name in limits)
         table.add_row(inputs, *(_error(check) if check else "" for check in row))
     return table
+
+
+def _caption(bundle: Bundle) -> str:
+    activation = bundle.manifest.provenance.activation
+    return (
+        f"Relative errors. Schema and digests of {len(bundle.manifest.files)} files agree."
+        + (f" Activation: {activation}." if activation else "")
+    )
 
 
 def _error(check: Check) -> str:

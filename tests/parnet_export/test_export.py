@@ -28,27 +28,6 @@ def difference(actual, reference):
     return np.abs(actual - reference).max() / np.abs(reference).max()
 
 
-@pytest.mark.parametrize(
-    ("level", "activation", "classes", "batch", "pixels"),
-    [
-        ("none", "silu", 10, 1, 224),
-        ("none", "relu", 1000, 7, 96),
-        ("repvgg", "silu", 1000, 2, 256),
-        ("repvgg", "relu", 10, 7, 224),
-        ("full", "silu", 10, 7, 256),
-        ("full", "relu", 1000, 1, 320),
-        ("full", "silu", 1000, 2, 224),
-    ],
-)
-def test_onnx_runtime_agrees_with_torch(level, activation, classes, batch, pixels, make_parnet):
-    config = ParNetConfig((24, 48, 96), (4, 5, 5), 320, num_classes=classes, activation=activation)
-    network = make_parnet(config, seed=pixels)
-    module = network if level == "none" else fuse(network, level)
-    image = torch.randn(batch, 3, pixels, pixels)
-    model = export_onnx(module, resolution=pixels, batch=batch, name="small")
-    assert difference(run(model, image), network(image).numpy()) <= 1e-4
-
-
 def test_a_dynamic_batch_takes_every_batch(make_parnet):
     network = make_parnet(SMALL)
     model = export_onnx(fuse(network, "full"), resolution=64, batch=None, name="small")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -138,3 +139,26 @@ def test_a_file_is_named_by_content_only_with_its_own_digest(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"content")
     assert not files.is_named_by_content(tmp_path / "weights.bin")
     assert not files.is_named_by_content(tmp_path / "missing-0123456789abcdef.bin")
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    target = tmp_path / "target.json"
+    target.write_text("earlier")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    files.write_text(link, "later")
+    assert link.is_symlink()
+    assert target.read_text() == "later"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Opened for both ends, so that neither side waits for the other.
+    reader = os.open(pipe, os.O_RDWR)
+    try:
+        files.write_text(pipe, "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

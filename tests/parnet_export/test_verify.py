@@ -265,6 +265,9 @@ def write_split(folder: Path) -> tuple[Path, dict[str, Path]]:
         ["x"],
         ["y", "l"],
     )
+    renamed = onnx.load(whole)
+    renamed.graph.node[0].name = "names of operators carry no meaning"
+    onnx.save(renamed, whole)
     return whole, {
         "left": save(folder / "left.onnx", NODES["left"], ["x"], ["l"]),
         "right": save(folder / "right.onnx", NODES["right"], ["x"], ["r"]),

@@ -1,0 +1,167 @@
+"""The whole way, from a network to a split bundle, over the grid that users meet."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from parnet_export.bundle import Provenance, open_bundle
+from parnet_export.export import export_onnx
+from parnet_export.fuse import fuse
+from parnet_export.models.parnet import ParNetConfig
+from parnet_export.pipeline import beside, export_graph, make_bundle
+from parnet_export.source import load_network
+
+SEGMENTS = ("stem1", "stem2", "stream1", "stream2", "stream3", "fusion", "head")
+WIDTHS = {"s": (24, 48, 96), "l": (40, 80, 160)}
+
+
+def difference(actual, reference):
+    return np.abs(actual - reference).max() / np.abs(reference).max()
+
+
+def run(path, feeds, names=None):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(names, feeds)
+
+
+def run_split(bundle, image):
+    """Run the segments one after another, each as ONNX Runtime optimises it."""
+    known = {"image": image}
+    for segment in bundle.stream_graph.segments:
+        feeds = {tensor.name: known[tensor.name] for tensor in segment.inputs}
+        names = [tensor.name for tensor in segment.outputs]
+        known |= dict(zip(names, run(bundle.segment_path(segment.name), feeds, names), strict=True))
+    return known["logits"]
+
+
+def check(network, level, batch, pixels, folder):
+    module = network if level == "none" else fuse(network, level)
+    model = export_onnx(module, resolution=pixels, batch=batch, name="grid")
+    bundle, _ = make_bundle(model, Provenance(network="grid", source="test"), folder / "b.bundle")
+    assert tuple(segment.name for segment in bundle.stream_graph.segments) == SEGMENTS
+    assert bundle.manifest.whole_cost.depth == 12
+    image = torch.randn(batch, 3, pixels, pixels)
+    (whole,) = run(bundle.whole_path, {"image": image.numpy()})
+    assert difference(whole, network(image).numpy()) <= 1e-4
+    assert difference(run_split(bundle, image.numpy()), whole) <= 1e-6
+
+
+# Every pair of values of two factors occurs: level, activation, classes, batch, resolution.
+@pytest.mark.parametrize(
+    ("size", "level", "activation", "classes", "batch", "pixels"),
+    [
+        ("s", "full", "silu", 10, 1, 224),
+        ("s", "full", "relu", 1000, 2, 256),
+        ("l", "full", "silu", 1000, 7, 320),
+        ("s", "repvgg", "relu", 10, 7, 224),
+        ("l", "repvgg", "silu", 1000, 1, 256),
+        ("s", "repvgg", "relu", 10, 2, 320),
+        ("l", "none", "relu", 1000, 1, 320),
+        ("s", "none", "silu", 10, 7, 256),
+        ("l", "none", "silu", 10, 2, 224),
+    ],
+)
+def test_whole_and_split_graph_agree_with_torch(
+    size, level, activation, classes, batch, pixels, make_parnet, tmp_path
+):
+    config = ParNetConfig(WIDTHS[size], (4, 5, 5), 320, num_classes=classes, activation=activation)
+    check(make_parnet(config, seed=batch), level, batch, pixels, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["parnet-s", "parnet-m", "parnet-l", "parnet-xl"])
+@pytest.mark.parametrize("level", ["repvgg", "full"])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("pixels", [224, 256, 320])
+def test_real_sizes_agree_with_torch(
+    name, level, activation, classes, batch, pixels, make_parnet, tmp_path
+):
+    catalogue = load_network(name).config
+    config = ParNetConfig(
+        catalogue.widths,
+        catalogue.blocks,
+        catalogue.last_width,
+        num_classes=classes,
+        activation=activation,
+    )
+    check(make_parnet(config, seed=batch), level, batch, pixels, tmp_path)
+
+
+@pytest.mark.parametrize("widths", [(32, 64, 128), (96, 192, 384)])
+@pytest.mark.parametrize("pixels", [64, 224])
+def test_small_and_large_networks_split_where_a_person_would(widths, pixels, tmp_path, make_parnet):
+    network = make_parnet(ParNetConfig(widths, (4, 5, 5), 4 * widths[1]))
+    model = export_onnx(fuse(network, "full"), resolution=pixels, batch=None, name="net")
+    provenance = Provenance(network="net", source="test")
+    bundle, _ = make_bundle(model, provenance, tmp_path / "b.bundle", prove=False)
+    graph = bundle.stream_graph
+    assert tuple(segment.name for segment in graph.segments) == SEGMENTS
+    assert {name: set(before) for name, before in graph.predecessors.items()} == {
+        "stem1": set(),
+        "stem2": {"stem1"},
+        "stream1": {"stem1"},
+        "stream2": {"stem2"},
+        "stream3": {"stem2"},
+        "fusion": {"stream1", "stream2"},
+        "head": {"stream3", "fusion"},
+    }
+
+
+def test_a_bundle_shares_one_copy_of_the_weights(tmp_path):
+    network = load_network("parnet-s")
+    model, provenance = export_graph(network, level="full", resolution=None, batch=1)
+    bundle, _ = make_bundle(model, provenance, tmp_path / "s.bundle", prove=False)
+    stored = sum(path.stat().st_size for path in bundle.path.iterdir())
+    assert bundle.manifest.whole_cost.parameters == 19_179_912
+    assert stored < 1.05 * 4 * bundle.manifest.whole_cost.parameters
+
+
+def test_every_tensor_of_every_graph_has_a_type_and_a_shape(tmp_path):
+    network = load_network("parnet-cifar-1.3m")
+    for batch in (1, "dynamic"):
+        model, provenance = export_graph(network, level="full", resolution=None, batch=batch)
+        bundle, _ = make_bundle(model, provenance, tmp_path / f"{batch}.bundle")
+        paths = [
+            bundle.whole_path,
+            *(bundle.segment_path(s.name) for s in bundle.stream_graph.segments),
+        ]
+        for path in paths:
+            graph = onnx.load(path, load_external_data=False).graph
+            described = {
+                value.name
+                for value in (*graph.input, *graph.output, *graph.value_info)
+                if value.type.tensor_type.elem_type and value.type.tensor_type.HasField("shape")
+            }
+            produced = {name for node in graph.node for name in node.output}
+            assert produced <= described
+
+
+def test_graphs_say_where_they_come_from(tmp_path):
+    network = load_network("parnet-cifar-1.3m", seed=7)
+    model, provenance = export_graph(network, level="repvgg", resolution=None, batch=1)
+    bundle, _ = make_bundle(model, provenance, tmp_path / "b.bundle")
+    facts = {
+        entry.key: entry.value for entry in onnx.load(bundle.segment_path("stream2")).metadata_props
+    }
+    text = " ".join(facts.values())
+    assert "parnet-cifar-1.3m" in text
+    assert "random" in text
+    assert "stream2" in text
+    assert open_bundle(bundle.path).manifest.provenance.seed == 7
+
+
+def test_results_go_beside_their_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "weights" / "parnet_l.pth.tar"
+    weights.parent.mkdir()
+    weights.touch()
+    assert beside(str(weights), ".bundle") == weights.parent / "parnet_l.bundle"
+    assert str(beside("parnet-l", ".bundle")) == "parnet-l.bundle"
