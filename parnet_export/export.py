@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from parnet_export.network import Network
 
 INPUT_NAME = "image"
-OUTPUT_NAME = "logits"
 BATCH_NAME = "batch"
 OPSET_VERSION = 20
 
@@ -54,11 +53,24 @@ def export_network(
         raise InputError("--resolution", problem, f"Use {near[0]} or {near[1]}")
     if batch is not None and batch < 1:
         raise InputError("--batch", f"{batch} is not a number of images", "Use 1 or more")
-    return export_onnx(network.module, resolution=pixels, batch=batch, name=network.name)
+    return export_onnx(
+        network.module,
+        resolution=pixels,
+        batch=batch,
+        name=network.name,
+        output_names=network.output_names,
+    )
 
 
-def export_onnx(module: nn.Module, *, resolution: int, batch: int | None, name: str) -> ir.Model:
-    """Export a module that maps images ``(N, 3, H, W)`` to logits.
+def export_onnx(
+    module: nn.Module,
+    *,
+    resolution: int,
+    batch: int | None,
+    name: str,
+    output_names: tuple[str, ...] = ("logits",),
+) -> ir.Model:
+    """Export a module that maps images ``(N, 3, H, W)`` to one or several tensors.
 
     Nodes and tensors are named after the module that they come from. The weights
     stay in memory, shared with the module.
@@ -73,6 +85,8 @@ def export_onnx(module: nn.Module, *, resolution: int, batch: int | None, name: 
         Images per inference; None for a dynamic first dimension.
     name
         Name of the graph.
+    output_names
+        Names of the tensors that the module returns.
     """
     # An exported batch of one would be taken for a constant, so a dynamic one starts at two.
     image = torch.zeros(batch or 2, 3, resolution, resolution)
@@ -83,7 +97,7 @@ def export_onnx(module: nn.Module, *, resolution: int, batch: int | None, name: 
             (image,),
             dynamo=True,
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=list(output_names),
             dynamic_shapes=dynamic,
             opset_version=OPSET_VERSION,
             verbose=False,

@@ -26,7 +26,7 @@ class Network:
     Parameters
     ----------
     module
-        Maps images ``(N, 3, H, W)`` to logits ``(N, classes)`` in float32.
+        Maps images ``(N, 3, H, W)`` to the tensor or tuple of tensors in `output_names`, float32.
     family
         Key of the network's family, such as ``"parnet"``.
     config
@@ -39,6 +39,8 @@ class Network:
         Height and width must be multiples of this many pixels.
     provenance
         Where the weights come from.
+    output_names
+        What the module returns: ``("logits",)`` of shape ``(N, classes)`` for a classifier.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class Network:
     resolution: int
     input_multiple: int
     provenance: Provenance
+    output_names: tuple[str, ...] = ("logits",)
 
     @property
     def name(self) -> str:

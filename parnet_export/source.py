@@ -156,7 +156,9 @@ def _network(
     provenance = replace(provenance, level=level)
     module = module.float().eval().requires_grad_(requires_grad=False)
     multiple = family.input_multiple(config)
-    return Network(module, family.key, config, level, resolution, multiple, provenance)
+    return Network(
+        module, family.key, config, level, resolution, multiple, provenance, family.output_names
+    )
 
 
 def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Network:

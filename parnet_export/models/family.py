@@ -98,6 +98,8 @@ class Family:
         One line about a structure.
     entries
         The family's networks in the catalogue.
+    output_names
+        Names of the tensors that a module of the family returns, in order.
     """
 
     key: str
@@ -112,3 +114,4 @@ class Family:
     resolution: Callable[[Any], int]
     describe: Callable[[Any], str]
     entries: tuple[Entry, ...]
+    output_names: tuple[str, ...] = ("logits",)
