@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from parnet_export.onnx_graph import node_inputs, subgraphs
+from parnet_export.onnx_graph import constant_values, node_inputs, subgraphs
 from parnet_export.stream_graph import Cost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
 _FLOATING = frozenset(
     {
@@ -63,7 +64,10 @@ def graph_cost(graph: ir.Model | Iterable[ir.Node]) -> Cost:
         Every constant counts once, also when several nodes read it or a subgraph
         captures it. Parameters are the elements of floating-point constants, without
         scalars, running statistics and resize settings, so that the count is the
-        framework's own. Depth is the longest chain of layers, see `is_layer`.
+        framework's own. Depth is the longest chain of layers: convolutions and matrix
+        products with a factor that depends on constants alone, possibly through casts,
+        reshapes or dequantisation. Products of two activations, as in attention, have
+        MACs but are no layers.
     """
     nodes = tuple(graph.graph if isinstance(graph, ir.Model) else graph)
     constants: dict[ir.Value, bool] = {}
@@ -78,39 +82,6 @@ def graph_cost(graph: ir.Model | Iterable[ir.Node]) -> Cost:
         nodes=len(nodes),
         depth=_depth(nodes),
     )
-
-
-def is_layer(node: ir.Node) -> bool:
-    """Whether a node counts towards depth.
-
-    A layer is a convolution or matrix product with trained weights: one of its
-    factors depends on constants alone, possibly through casts, reshapes or
-    dequantisation. Products of two activations, as in attention, are not layers.
-    """
-    factors = _FACTORS.get(node.op_type) if node.domain == "" else None
-    return factors is not None and any(
-        index < len(node.inputs) and is_constant(node.inputs[index]) for index in factors
-    )
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value depends on constants alone."""
-    if value is None:
-        return False
-    stack, seen = [value], {value}
-    while stack:
-        current = stack.pop()
-        producer = current.producer()
-        if producer is None:
-            if not current.is_initializer():
-                return False
-            continue
-        if not producer.inputs and producer.op_type not in {"Constant", "ConstantOfShape"}:
-            return False  # a random number generator
-        reads = set(node_inputs(producer)) - seen
-        seen |= reads
-        stack.extend(reads)
-    return True
 
 
 def size_bytes(value: ir.Value) -> int:
@@ -156,13 +127,21 @@ def _macs(node: ir.Node) -> int:
     return count(node) if count else 0
 
 
-def _depth(nodes: Iterable[ir.Node]) -> int:
+def _depth(nodes: Sequence[ir.Node], outer_constants: AbstractSet[ir.Value] = frozenset()) -> int:
+    constants = outer_constants | constant_values(nodes)
     chains: dict[ir.Value, int] = {}
     for node in nodes:
-        own = max((_depth(body) for body in subgraphs(node)), default=int(is_layer(node)))
+        bodies = (_depth(tuple(body), constants) for body in subgraphs(node))
+        own = max(bodies, default=int(_is_layer(node, constants)))
         chain = own + max((chains.get(value, 0) for value in node_inputs(node)), default=0)
         chains.update(dict.fromkeys(node.outputs, chain))
     return max(chains.values(), default=0)
+
+
+def _is_layer(node: ir.Node, constants: AbstractSet[ir.Value]) -> bool:
+    indices = _FACTORS.get(node.op_type, ()) if node.domain == "" else ()
+    factors = (node.inputs[index] for index in indices if index < len(node.inputs))
+    return any(f is not None and (f.is_initializer() or f in constants) for f in factors)
 
 
 def _conv_macs(weight: int) -> Callable[[ir.Node], int]:

@@ -8,7 +8,6 @@ source. Weights are never copied; external data stays on disk.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import onnx
@@ -17,15 +16,15 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes import PreconditionError, Sequential, common
 
 from parnet_export.errors import InputError, name_some
+from parnet_export.onnx_shapes import infer_shapes
 from parnet_export.stream_graph import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _PATH = "path"  # key of `ir.Model.meta` under which `load_onnx` keeps the file for messages
 _EXPORT_AGAIN = "Export the network to ONNX again"
-_LARGE_BYTES = 1024  # larger constants are weights; shape inference needs only their shapes
 
 
 def load_onnx(path: Path) -> ir.Model:
@@ -58,8 +57,6 @@ def load_onnx(path: Path) -> ir.Model:
         raise InputError(path, "is damaged or not an ONNX file", _EXPORT_AGAIN) from error
     if not proto.ir_version or not proto.HasField("graph"):
         raise InputError(path, "is empty or not an ONNX file", _EXPORT_AGAIN)
-    if any(graph.sparse_initializer for graph in _graph_protos(proto.graph)):
-        raise InputError(path, "holds sparse weights", "Export the network with dense weights")
     try:
         model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
@@ -87,12 +84,10 @@ def prepare(model: ir.Model) -> ir.Model:
     Raises
     ------
     InputError
-        When the graph has no nodes or no outputs, is not valid ONNX, or has
-        tensors whose type or shape cannot be inferred.
+        When the graph computes nothing, is not valid ONNX, or has tensors whose type
+        or shape cannot be inferred.
     """
     subject = source_of(model)
-    if not len(model.graph) or not model.graph.outputs:
-        raise InputError(subject, "has no operators or no outputs", _EXPORT_AGAIN)
     prepared = _clone_in_order(model, subject)
     flatten = Sequential(
         common.RemoveInitializersFromInputsPass(),
@@ -110,8 +105,9 @@ def prepare(model: ir.Model) -> ir.Model:
             subject, f"cannot be flattened ({_root_cause(error)})", _EXPORT_AGAIN
         ) from error
     _give_constant_outputs_a_producer(prepared.graph)
-    _infer_shapes(prepared, subject)
-    _name_unknown_dimensions(prepared.graph)
+    if not len(prepared.graph):
+        raise InputError(subject, "has no operator that an output depends on", _EXPORT_AGAIN)
+    infer_shapes(prepared, subject)
     prepared.meta.update(model.meta)
     return prepared
 
@@ -178,6 +174,18 @@ def node_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
     return tuple(reads)
 
 
+def constant_values(nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """Return what nodes, in a topological order, compute from constants alone."""
+    found: set[ir.Value] = set()
+    for node in nodes:
+        reads = node_inputs(node)
+        if all(value.is_initializer() or value in found for value in reads) and (
+            reads or node.op_type == "Constant"  # others without inputs draw random numbers
+        ):
+            found.update(node.outputs)
+    return found
+
+
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """Yield the bodies of a control-flow node, none for other nodes."""
     for attribute in node.attributes.values():
@@ -187,48 +195,33 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graph_protos(attribute.g)
-            for body in attribute.graphs:
-                yield from _graph_protos(body)
-
-
 def _check_external_data(path: Path, model: ir.Model) -> None:
-    sizes: dict[str, int] = {}
-    tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
-    for tensor in tensors:
+    """Check that every external tensor lies within its file, and the file in its folder."""
+    together = "Keep the ONNX file and its data file together as the exporter wrote them"
+    sizes: dict[Path, int] = {}
+    for tensor in (v.const_value for g in model.graphs() for v in g.initializers.values()):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         data = path.parent / tensor.location
         try:
-            if tensor.path not in sizes:
-                sizes[tensor.path] = data.stat().st_size
-                tensor.numpy()  # maps the file, which refuses locations outside the folder
+            size = sizes[data] if data in sizes else data.stat().st_size
+            end = (tensor.offset or 0) + tensor.nbytes
+            if end > size:
+                raise InputError(
+                    data,
+                    f"holds weights of {path} and is too short: {tensor.name!r} ends at byte "
+                    f"{end}, the file at {size}",
+                    together,
+                )
+            if data not in sizes:
+                tensor.numpy()  # mapping the file refuses locations outside the folder
                 tensor.release()
-        except OSError as error:
-            reason = error.strerror or str(error)
+                sizes[data] = size
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(
-                data, f"holds weights of {path} and cannot be read ({reason})", _KEEP_TOGETHER
+                data, f"holds weights of {path} and cannot be read ({reason})", together
             ) from error
-        except ValueError as error:
-            raise InputError(
-                data, f"holds weights of {path} and is refused ({error})", _KEEP_TOGETHER
-            ) from error
-        end = (tensor.offset or 0) + tensor.nbytes
-        if end > sizes[tensor.path]:
-            raise InputError(
-                data,
-                f"holds weights of {path} and is too short: {tensor.name!r} ends at byte {end}, "
-                f"the file at {sizes[tensor.path]}",
-                _KEEP_TOGETHER,
-            )
-
-
-_KEEP_TOGETHER = "Keep the ONNX file and its data file together as the exporter wrote them"
 
 
 def _clone_in_order(model: ir.Model, subject: str) -> ir.Model:
@@ -290,105 +283,16 @@ def _give_constant_outputs_a_producer(graph: ir.Graph) -> None:
     """Let an ``Identity`` provide a network output that is itself a constant."""
     names = {str(value.name) for value in ir.convenience.create_value_mapping(graph).values()}
     for index, constant in enumerate(graph.outputs):
-        if not constant.is_initializer():
-            continue
-        node = ir.node("Identity", [constant], name=f"provide_{constant.name}")
-        output = node.outputs[0]
-        output.name, output.type, output.shape = constant.name, constant.type, constant.shape
-        graph.outputs[index] = output
-        constant.name = next(
-            name
-            for suffix in ("", *range(len(names)))
-            if (name := f"{output.name}_constant{suffix}") not in names
-        )
-        graph.append(node)
-
-
-def _infer_shapes(model: ir.Model, subject: str) -> None:
-    """Set type and shape of every value, by ONNX's own inference.
-
-    Inference sees a skeleton whose weights are inputs, so that neither its size
-    limit nor memory matters.
-    """
-    skeleton = model.clone()
-    graph = skeleton.graph
-    for name, value in tuple(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > _LARGE_BYTES:
-            del graph.initializers[name]
-            graph.inputs.append(value)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(
-            ir.to_proto(skeleton), check_type=True, strict_mode=True, data_prop=True
-        )
-    except onnx.shape_inference.InferenceError as error:
-        raise _invalid(subject, error) from error
-    for ours, theirs in zip(model.graphs(), ir.from_proto(inferred).graphs(), strict=True):
-        found = ir.convenience.create_value_mapping(theirs, include_subgraphs=False)
-        for name, value in ir.convenience.create_value_mapping(
-            ours, include_subgraphs=False
-        ).items():
-            if name in found and not value.is_initializer():
-                value.type = found[name].type or value.type
-                value.shape = found[name].shape or value.shape
-    unknown = [
-        f"{value.name} ({node.op_type})"
-        for node in model.graph
-        for value in node.outputs
-        if value.type is None or (isinstance(value.type, ir.TensorType) and value.shape is None)
-    ]
-    unknown += [str(v.name) for v in model.graph.inputs if v.dtype is None or v.shape is None]
-    if unknown:
-        raise InputError(
-            subject,
-            f"has tensors whose type or shape cannot be inferred: {name_some(unknown)}",
-            "Export it again with shape information, or replace these operators",
-        )
-    try:
-        onnx.checker.check_model(inferred)
-    except onnx.checker.ValidationError as error:
-        raise _invalid(subject, error) from error
-
-
-def _invalid(subject: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(subject, f"is not a valid network ({reason})", _EXPORT_AGAIN)
-
-
-def _name_unknown_dimensions(graph: ir.Graph) -> None:
-    """Give every dimension of unknown size a name, the same for the same size where known.
-
-    ONNX's inference loses a symbolic batch in a ``Reshape`` to ``[-1, ...]``. A
-    reshape keeps the number of elements, so the one new symbol is the one old one.
-    """
-    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-    given = {
-        str(d.value) for value in graph.inputs for d in value.shape or () if not isinstance(d, int)
-    }
-    same: dict[str, str] = {}
-    for value in values:
-        if value.shape is None:
-            continue
-        value.shape = ir.Shape(
-            [
-                d if isinstance(d, int) else same.get(str(d.value), d.value or f"{value.name}_{i}")
-                for i, d in enumerate(value.shape)
-            ]
-        )
-        node = value.producer()
-        if node is None or node.op_type != "Reshape" or node.domain or node.inputs[0] is None:
-            continue
-        before, after = _free_dimension(node.inputs[0].shape), _free_dimension(value.shape)
-        if before and after and before[1] == after[1] and after[0] not in given:
-            same[after[0]] = before[0]
-            value.shape = ir.Shape([d if isinstance(d, int) else before[0] for d in value.shape])
-
-
-def _free_dimension(shape: ir.Shape | None) -> tuple[str, int] | None:
-    """Return the only symbol of a shape and the product of its other dimensions."""
-    symbols = [str(d.value) for d in shape or () if not isinstance(d, int)]
-    if len(symbols) != 1 or shape is None:
-        return None
-    return symbols[0], math.prod(d for d in shape if isinstance(d, int))
+        if constant.is_initializer():
+            node = ir.node("Identity", [constant], name=f"provide_{constant.name}")
+            output = node.outputs[0]
+            output.type, output.shape = constant.type, constant.shape
+            output.name, fresh_name = constant.name, f"{constant.name}_constant"
+            while fresh_name in names:
+                fresh_name += "_"
+            constant.name = fresh_name
+            graph.outputs[index] = output
+            graph.append(node)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from parnet_export.clustering import cluster
-from parnet_export.cost import graph_cost, is_constant, node_cost, size_bytes
-from parnet_export.onnx_graph import is_transferable, node_inputs, prepare, tensor_spec
+from parnet_export.cost import graph_cost, node_cost, size_bytes
+from parnet_export.onnx_graph import (
+    constant_values,
+    is_transferable,
+    node_inputs,
+    prepare,
+    tensor_spec,
+)
 from parnet_export.segment_names import name_segments
 from parnet_export.stream_graph import Segment, StreamGraph
 from parnet_export.work_graph import ClusteringOptions, WorkGraph, WorkTensor
@@ -217,13 +223,17 @@ def _work_graph(
         producer = value.producer()
         index = None if producer is None else place[producer]
         tensors.append(WorkTensor(size_bytes(value), index, tuple(sorted(readers - {index}))))
-    times = (sum(_operator_us(node, device) for node in atom) for atom in atoms)
+    constants = constant_values(graph)  # runtimes evaluate them once, ahead of time
+    times = (
+        sum(_operator_us(node, device) for node in atom if node.outputs[0] not in constants)
+        for atom in atoms
+    )
     return WorkGraph(tuple(times), tuple(tensors))
 
 
 def _operator_us(node: ir.Node, device: DeviceModel) -> float:
-    if node.op_type in _FREE_OPERATORS or all(map(is_constant, node.outputs)):
-        return 0.0  # runtimes evaluate constant expressions once
+    if node.op_type in _FREE_OPERATORS and node.domain == "":
+        return 0.0
     cost = node_cost(node)
     return device.operator_us(cost.flops, cost.activation_bytes + cost.weight_bytes)
 

@@ -107,19 +107,23 @@ class Proof:
         Raises
         ------
         CheckFailedError
-            Names the failed checks with their errors and limits.
+            Names what failed, each with its worst inputs.
         """
         if self.passed:
             return
-        failed = [
-            f"{', '.join(filter(None, (check.name, check.inputs)))} "
-            f"({check.detail or f'error {check.error:.2g}, limit {check.limit:.2g}'})"
-            for check in self.checks
-            if not check.passed
-        ]
+        failed = [check for check in self.checks if not check.passed]
+        worst: dict[str, Check] = {}
+        for check in failed:
+            known = worst.setdefault(check.name, check)
+            if check.error > known.error:
+                worst[check.name] = check
+        reasons = "; ".join(
+            f"{name} ({', '.join(filter(None, (check.inputs, check.detail)))})"
+            for name, check in worst.items()
+        )
         raise CheckFailedError(
             f"{self.subject}: {len(failed)} of {len(self.checks)} checks failed: "
-            f"{name_some(failed)}. {consequence}"
+            f"{reasons}. {consequence}"
         )
 
 
@@ -155,7 +159,7 @@ def compare_outputs(
 
     A sample on which the reference itself is not finite, as the logarithm of a
     negative input is not, passes when `actual` is not finite in the same places and
-    agrees in the others. At least one sample must give a finite reference.
+    agrees in the others. Each output must have a finite reference on some sample.
 
     Parameters
     ----------
@@ -170,12 +174,13 @@ def compare_outputs(
     """
     errors: dict[str, float] = {}
     details: dict[str, str] = {}
-    any_finite = False
+    never_finite: set[str] = set().union(*reference)
     for sample, found, expected in zip(samples, actual, reference, strict=True):
         errors.setdefault(sample.name, 0.0)
         for output, value in expected.items():
             finite = np.isfinite(value.astype(np.float64))
-            any_finite |= bool(finite.all())
+            if finite.all():
+                never_finite.discard(output)
             error = _masked_error(found[output], value, finite)
             if error > errors[sample.name]:
                 errors[sample.name] = error
@@ -183,9 +188,9 @@ def compare_outputs(
     checks = [
         Check(name, kind, error, limit, details.get(kind, "")) for kind, error in errors.items()
     ]
-    if not any_finite:
-        detail = "the reference is NaN or infinite on every input"
-        checks.append(Check(name, "all", math.inf, limit, detail))
+    for output in sorted(never_finite):
+        detail = f"{output!r} of the reference has NaN or infinite values"
+        checks.append(Check(name, "all inputs", math.inf, limit, detail))
     return tuple(checks)
 
 

@@ -1,10 +1,7 @@
-"""ParNet splits into its seven segments, and what a split promises about its graphs."""
+"""What a split promises about its graphs, and the odd graphs it must cope with."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,238 +9,274 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx_ir.tape import Tape
 
 from parnet_export.cost import graph_cost
 from parnet_export.errors import InputError
 from parnet_export.split import SplitOptions, split_model
+from parnet_export.work_graph import DeviceModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from parnet_export.split import Split
 
-SEVEN = ("stem1", "stem2", "stream1", "stream2", "stream3", "fusion", "head")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """A ParNet-shaped network; widths of the first block, the streams and the last block."""
-
-    widths: tuple[int, int, int, int, int]
-    resolution: int = 224
-    blocks: tuple[int, int, int] = (4, 5, 5)
-    classes: int = 1000
-    batch: int | str = 1
-    activation: str = "silu"
-    tiny_images: bool = False
-
-
-S = Config((64, 96, 192, 384, 1280))
-M = Config((64, 128, 256, 512, 2048))
-L = Config((64, 160, 320, 640, 2560))
-XL = Config((64, 200, 400, 800, 3200))
-SMALL = Config((32, 32, 64, 128, 256), resolution=64, classes=10)
-CIFAR = Config(
-    (16, 16, 32, 64, 80), resolution=32, blocks=(3, 4, 4), classes=10, tiny_images=True
+KEEP_ALL = SplitOptions(
+    min_gain=0, min_region_gain=0, device=DeviceModel(launch_us=1, crossing_us=0)
 )
+"""Keeps whatever branch gains anything."""
+
+FORKED = """(float[batch, 8, 16, 16] image) => (float[batch, 8, 16, 16] joined) {
+    a = Conv <pads = [1, 1, 1, 1]> (image, first)
+    shared = Relu(a)
+    left0 = Conv <pads = [1, 1, 1, 1]> (shared, second)
+    left1 = Relu(left0)
+    right0 = Conv <pads = [1, 1, 1, 1]> (shared, third)
+    right1 = Sigmoid(right0)
+    sum = Add(left1, right1)
+    joined = Conv <pads = [1, 1, 1, 1]> (sum, second)
+}"""
 
 
-class Builder:
-    """Writes operators one after another; node names start with the part they belong to."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.part = ""
-        self._tape = Tape()
-        self._numbers = itertools.count()
-
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-        name = f"{self.part}/{kind}_{next(self._numbers)}"
-        value = self._tape.op(kind, inputs, attributes, name=name)
-        value.name = f"{name}:0"
-        return value
-
-    def outputs(self, kind: str, x: ir.Value, count: int, **attributes: object) -> list[ir.Value]:
-        name = f"{self.part}/{kind}_{next(self._numbers)}"
-        values = self._tape.op_multi_out(kind, [x], attributes, num_outputs=count, name=name)
-        for index, value in enumerate(values):
-            value.name = f"{name}:{index}"
-        return list(values)
-
-    def weight(self, *shape: int, centre: float = 0.0) -> ir.Value:
-        number = next(self._numbers)
-        scale = 1.5 / np.sqrt(max(1, np.prod(shape[1:])))
-
-        def values() -> ir.Tensor:
-            random = np.random.default_rng(number)
-            return ir.tensor((centre + scale * random.standard_normal(shape)).astype(np.float32))
-
-        tensor = ir.LazyTensor(values, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name="w")
-        return self._tape.initializer(tensor, name=f"weight_{number}")
-
-    def integers(self, *values: int) -> ir.Value:
-        return self._tape.initializer(
-            ir.tensor(np.array(values, np.int64)), name=f"integers_{next(self._numbers)}"
-        )
-
-    def conv(self, x: ir.Value, ins: int, outs: int, k: int = 3, stride: int = 1, groups: int = 1):
-        weights = (self.weight(outs, ins // groups, k, k), self.weight(outs))
-        pads, strides = [k // 2] * 4, [stride] * 2
-        return self.op("Conv", x, *weights, pads=pads, strides=strides, group=groups)
-
-    def norm(self, x: ir.Value, width: int) -> ir.Value:
-        affine = [self.weight(width, centre=c) for c in (1.0, 0.0, 0.0, 3.0)]
-        return self.op("BatchNormalization", x, *affine)
-
-    def act(self, x: ir.Value) -> ir.Value:
-        if self.config.activation == "relu":
-            return self.op("Relu", x)
-        return self.op("Mul", x, self.op("Sigmoid", x))
-
-    def pooled(self, x: ir.Value, ins: int, outs: int, groups: int = 1) -> ir.Value:
-        return self.conv(self.op("GlobalAveragePool", x), ins, outs, 1, groups=groups)
-
-    def double_sigmoid(self, x: ir.Value) -> ir.Value:
-        two = self._tape.initializer(
-            ir.tensor(np.float32(2)), name=f"two_{next(self._numbers)}"
-        )
-        return self.op("Mul", self.op("Sigmoid", x), two)
-
-    def down(self, x: ir.Value, ins: int, outs: int, stride: int = 2) -> ir.Value:
-        y = self.conv(x, ins, outs, stride=stride)
-        return self.act(self.op("Mul", y, self.double_sigmoid(self.pooled(x, ins, outs))))
-
-    def block_repvgg(self, x: ir.Value, width: int) -> ir.Value:
-        y, u = self.conv(x, width, width), self.norm(x, width)
-        gate = self.op("Sigmoid", self.pooled(u, width, width))
-        return self.act(self.op("Add", y, self.op("Mul", u, gate)))
-
-    def block_full(self, x: ir.Value, width: int) -> ir.Value:
-        y = self.conv(x, width, width)
-        gate = self.op("Sigmoid", self.pooled(x, width, width))
-        scale = self.op("Mul", gate, self.weight(1, width, 1, 1, centre=1.0))
-        shift = self.op("Mul", gate, self.weight(1, width, 1, 1))
-        return self.act(self.op("Add", self.op("Add", y, self.op("Mul", scale, x)), shift))
-
-    def interleave(self, x: ir.Value, width: int, size: int) -> ir.Value:
-        x = self.op("Reshape", x, self.integers(-1, 2, width // 2, size, size))
-        x = self.op("Transpose", x, perm=[0, 2, 1, 3, 4])
-        return self.op("Reshape", x, self.integers(-1, width, size, size))
-
-    def fusion_repvgg(
-        self, a: ir.Value, b: ir.Value, ins: int, outs: int, size: int, stride: int
-    ) -> ir.Value:
-        x = self.interleave(self.op("Concat", a, b, axis=1), 2 * ins, size)
-        y = self.conv(x, 2 * ins, outs, stride=stride, groups=2)
-        y = self.op("Mul", y, self.double_sigmoid(self.pooled(x, 2 * ins, outs, groups=2)))
-        return self.interleave(self.act(y), outs, size // stride)
-
-    def contribution(
-        self, y: ir.Value, ins: int, outs: int, stride: int
-    ) -> tuple[ir.Value, ir.Value]:
-        shifted = self.op("Add", y, self.weight(1, ins, 1, 1))
-        gate = self.pooled(y, ins, outs, groups=2)
-        return self.conv(shifted, ins, outs, stride=stride, groups=2), gate
-
-    def fusion_full(
-        self, a: tuple[ir.Value, ir.Value], b: tuple[ir.Value, ir.Value]
-    ) -> ir.Value:
-        gate = self.double_sigmoid(self.op("Add", a[1], b[1]))
-        return self.act(self.op("Mul", self.op("Add", a[0], b[0]), gate))
-
-    def model(self, image: ir.Value, logits: ir.Value) -> ir.Model:
-        logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-        graph = ir.Graph(
-            [image],
-            [logits],
-            nodes=self._tape.nodes,
-            initializers=self._tape.initializers,
-            opset_imports={"": 18},
-            name="parnet",
-        )
-        return ir.Model(graph, ir_version=10)
-
-
-def build(config: Config, level: str) -> ir.Model:
-    """Build a network whose node names start with the segment they should end up in."""
-    net = Builder(config)
-    full = level == "full"
-    block = net.block_full if full else net.block_repvgg
-    first, *widths, last = config.widths
-    image = ir.Value(
-        name="image",
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape([config.batch, 3, config.resolution, config.resolution]),
-    )
-
-    net.part = "stem1"
-    size = config.resolution
-    if config.tiny_images:
-        x = net.down(image, 3, first, stride=1)
-        for _ in range(2):
-            x = block(x, first)
-    else:
-        x = net.down(net.down(image, 3, first), first, widths[0])
-        size //= 4
-    starts = [x]
-    for name, before, after in zip(("stem2", "stream3"), widths, widths[1:], strict=False):
-        net.part = name
-        starts.append(net.down(starts[-1], before, after))
-
-    ends = []
-    for index, (x, width, count) in enumerate(zip(starts, widths, config.blocks, strict=True)):
-        net.part = f"stream{index + 1}"
-        for _ in range(count):
-            x = block(x, width)  # noqa: PLW2901 - the stream's running tensor
-        if index == 0:
-            x = net.down(x, widths[0], widths[1])  # noqa: PLW2901
-        ends.append(x)
-    lower, upper, deep = ends
-
-    fused = None
-    for a, b, names, width, size, stride in (
-        (upper, lower, ("stream2", "stream1", "fusion"), widths[1], size // 2, 2),
-        (deep, None, ("stream3", "fusion", "head"), widths[2], size // 4, 1),
-    ):
-        b = fused if b is None else b  # noqa: PLW2901
-        parts = []
-        for name, value in zip(names, (a, b), strict=False):
-            net.part = name
-            if full:
-                parts.append(net.contribution(value, width, widths[2], stride))
-            else:
-                parts.append(net.norm(value, width))
-        net.part = names[2]
-        if full:
-            fused = net.fusion_full(*parts)
-            if stride == 2:
-                quarters = net.outputs("Split", fused, 4, axis=1, num_outputs=4)
-                order = [quarters[i] for i in (0, 2, 1, 3)]
-                fused = net.op("Concat", *order, axis=1)
-        else:
-            fused = net.fusion_repvgg(*parts, width, widths[2], size, stride)
-
-    stride = 1 if config.tiny_images else 2
-    y = net.op("GlobalAveragePool", net.down(fused, widths[2], last, stride))
-    weights = (net.weight(config.classes, last), net.weight(config.classes))
-    return net.model(image, net.op("Gemm", net.op("Flatten", y), *weights, transB=1))
+def parse(body: str, *, opset: str = '"": 18', **weights: np.ndarray) -> ir.Model:
+    proto = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{opset}]> main {body}")
+    for name, values in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return ir.from_proto(proto)
 
 
 def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
     wanted = {i.name: feeds[i.name] for i in session.get_inputs()}
     return dict(zip(names, session.run(names, wanted), strict=True))
 
 
-def parts_of(split: Split) -> dict[str, set[str]]:
-    """Which parts of the builder's network ended up in each segment."""
-    return {
-        name: {str(node.name).partition("/")[0] for node in model.graph}
-        for name, model in split.segments.items()
+def run_segments(split: Split, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tensors = dict(feeds)
+    for segment in split.stream_graph.segments:
+        tensors |= run(split.segments[segment.name], tensors)
+    return {output.name: tensors[output.name] for output in split.stream_graph.outputs}
+
+
+@pytest.fixture(scope="module")
+def source() -> ir.Model:
+    random = np.random.default_rng(0)
+    names = ("first", "second", "third")
+    weights = {n: random.standard_normal((8, 8, 3, 3)).astype(np.float32) for n in names}
+    return parse(FORKED, **weights)
+
+
+@pytest.fixture(scope="module")
+def split(source: ir.Model) -> Split:
+    return split_model(source, KEEP_ALL)
+
+
+# ---------------------------------------------------------------- promises
+
+
+def test_a_fork_and_a_join_give_stem_streams_and_head(split: Split):
+    assert {name: [n.op_type for n in m.graph] for name, m in split.segments.items()} == {
+        "stem": ["Conv", "Relu"],
+        "stream1": ["Conv", "Relu"],
+        "stream2": ["Conv", "Sigmoid"],
+        "head": ["Add", "Conv"],
     }
+    edges = [(e.producer, e.consumer, e.tensor.name) for e in split.stream_graph.edges]
+    assert edges == [
+        ("stem", "stream1", "shared"),
+        ("stem", "stream2", "shared"),
+        ("stream1", "head", "left1"),
+        ("stream2", "head", "right1"),
+    ]
+
+
+def test_the_source_is_left_as_it_was(source: ir.Model):
+    before = ir.to_proto(source).SerializeToString(deterministic=True)
+    split_model(source, KEEP_ALL)
+    assert ir.to_proto(source).SerializeToString(deterministic=True) == before
+
+
+def test_splitting_again_gives_the_same(source: ir.Model, split: Split):
+    again = split_model(source, KEEP_ALL)
+    assert again.stream_graph == split.stream_graph
+    assert again.notes == split.notes
+    for name, model in split.segments.items():
+        encoded = ir.to_proto(model).SerializeToString(deterministic=True)
+        assert ir.to_proto(again.segments[name]).SerializeToString(deterministic=True) == encoded
+
+
+def test_segments_share_the_weights_of_the_source(source: ir.Model, split: Split):
+    tensors = {name: v.const_value for name, v in source.graph.initializers.items()}
+    for model in (split.whole, *split.segments.values()):
+        for name, value in model.graph.initializers.items():
+            assert value.const_value is tensors[name]
+
+
+def test_a_segment_holds_the_weights_it_reads_and_no_others(split: Split):
+    held = {name: set(model.graph.initializers) for name, model in split.segments.items()}
+    assert held == {
+        "stem": {"first"},
+        "stream1": {"second"},
+        "stream2": {"third"},
+        "head": {"second"},
+    }
+
+
+def test_tensors_keep_their_names(source: ir.Model, split: Split):
+    original = {value.name for node in source.graph for value in node.outputs}
+    parts = [v.name for m in split.segments.values() for n in m.graph for v in n.outputs]
+    assert set(parts) == original
+    assert len(parts) == len(original)
+
+
+def test_every_tensor_of_a_segment_has_a_type_and_a_shape(split: Split):
+    for model in split.segments.values():
+        for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)):
+            assert value.dtype == ir.DataType.FLOAT
+            assert value.shape == ir.Shape(["batch", 8, 16, 16])
+
+
+def test_segments_are_valid_onnx_and_say_where_they_belong(split: Split):
+    for name, model in split.segments.items():
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        assert model.graph.name == name
+        assert model.metadata_props["parnet.segment"] == name
+        assert model.metadata_props["parnet.network"] == "main"
+        assert model.opset_imports == {"": 18}
+
+
+def test_the_stream_graph_describes_the_segments(split: Split):
+    for segment in split.stream_graph.segments:
+        model = split.segments[segment.name]
+        assert [t.name for t in segment.inputs] == [v.name for v in model.graph.inputs]
+        assert [t.name for t in segment.outputs] == [v.name for v in model.graph.outputs]
+        assert segment.cost == graph_cost(model)
+    assert [t.name for t in split.stream_graph.inputs] == ["image"]
+    assert [t.name for t in split.stream_graph.outputs] == ["joined"]
+
+
+def test_notes_name_the_longest_chain(split: Split):
+    (note,) = split.notes
+    assert note.startswith("4 segments: the longest chain, stem -> stream")
+
+
+def test_by_default_what_gains_less_than_a_crossing_costs_stays_together(source: ir.Model):
+    split = split_model(source)
+    assert list(split.segments) == ["trunk"]
+    assert "no parallel branch is worth a segment of its own" in split.notes[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_segments_run_one_after_another_are_the_whole(split: Split, batch: int):
+    image = np.random.default_rng(batch).standard_normal((batch, 8, 16, 16)).astype(np.float32)
+    expected = run(split.whole, {"image": image})["joined"]
+    actual = run_segments(split, {"image": image})["joined"]
+    assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_opsets_that_a_segment_does_not_use_are_not_imported():
+    model = parse(
+        """(float[1, 8, 64, 64] x) => (float[1, 8, 64, 64] y, float[1, 8, 64, 64] z)
+        <float[1, 8, 64, 64] m> {
+            m = com.microsoft.Gelu(x)
+            y = Neg(m)
+            a = Abs(x)
+            z = Neg(a)
+        }""",
+        opset='"": 18, "com.microsoft": 1',
+    )
+    split = split_model(model, KEEP_ALL)
+    assert [m.opset_imports for m in split.segments.values()] == [
+        {"": 18, "com.microsoft": 1},
+        {"": 18},
+    ]
+
+
+# -------------------------------------------------------------- edge cases
+
+
+def test_a_graph_that_computes_nothing_is_refused():
+    with pytest.raises(InputError, match="has no operator that an output depends on"):
+        split_model(parse("(float[3] x) => (float[3] x) { }"))
+
+
+def test_an_output_that_is_an_input_passes_every_segment_by():
+    split = split_model(parse("(float[3] x) => (float[3] x, float[3] y) { y = Relu(x) }"))
+    (segment,) = split.stream_graph.segments
+    assert [t.name for t in segment.outputs] == ["y"]
+    feeds = {"x": np.array([-1, 0, 1], np.float32)}
+    assert set(run_segments(split, feeds)) == {"x", "y"}
+
+
+def test_an_output_that_is_a_constant_is_provided_by_a_segment():
+    model = parse(
+        "(float[2] x) => (float[2] w, float[2] y) { y = Add(x, w) }", w=np.ones(2, np.float32)
+    )
+    outputs = run_segments(split_model(model), {"x": np.zeros(2, np.float32)})
+    assert {name: value.tolist() for name, value in outputs.items()} == {
+        "w": [1, 1],
+        "y": [1, 1],
+    }
+
+
+def test_an_input_that_nobody_reads_stays_an_input_of_the_network():
+    split = split_model(parse("(float[3] x, float[5] spare) => (float[3] y) { y = Relu(x) }"))
+    assert [t.name for t in split.stream_graph.inputs] == ["x", "spare"]
+    assert [t.name for t in split.stream_graph.segments[0].inputs] == ["x"]
+    assert [v.name for v in split.whole.graph.inputs] == ["x", "spare"]
+
+
+def test_an_input_that_is_no_dense_tensor_is_refused():
+    with pytest.raises(InputError, match="tensor 't': has the type STRING"):
+        split_model(parse("(string[3] t) => (string[3] u) { u = Identity(t) }"))
+
+
+def test_sequences_never_cross_a_boundary():
+    # Both branches read the sequence, so they stay with it and so does all between them.
+    model = parse(
+        """(float[1, 8, 64, 64] x) => (float[1, 4, 64, 64] y, float[1, 8, 64, 64] z) {
+            s = SplitToSequence <axis = 1> (x, four)
+            a = SequenceAt(s, zero)
+            n = Neg(a)
+            b = SequenceAt(s, one)
+            y = Add(n, b)
+            t = Abs(x)
+            z = Neg(t)
+        }""",
+        four=np.array(4, np.int64),
+        zero=np.array(0, np.int64),
+        one=np.array(1, np.int64),
+    )
+    split = split_model(model, KEEP_ALL)
+    parts = [[node.op_type for node in m.graph] for m in split.segments.values()]
+    assert parts == [
+        ["SplitToSequence", "SequenceAt", "Neg", "SequenceAt", "Add"],
+        ["Abs", "Neg"],
+    ]
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 8, 64, 64)).astype(np.float32)}
+    expected, actual = run(split.whole, feeds), run_segments(split, feeds)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value)
+
+
+def test_what_lies_between_two_readers_of_a_sequence_stays_with_them():
+    # The second reader of the sequence depends on the first through Abs and Cast.
+    model = parse(
+        """(float[2, 64, 64] x) => (float[1, 64, 64] y) {
+            s = SplitToSequence(x, one)
+            a = SequenceAt(s, zero)
+            b = Abs(a)
+            m = ReduceMax <keepdims = 0> (b)
+            c = Cast <to = 7> (m)
+            d = Mul(c, zero)
+            y = SequenceAt(s, d)
+        }""",
+        one=np.array(1, np.int64),
+        zero=np.array(0, np.int64),
+    )
+    split = split_model(model, KEEP_ALL)
+    assert list(split.segments) == ["trunk"]
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)}
+    np.testing.assert_array_equal(run_segments(split, feeds)["y"], feeds["x"][:1])
