@@ -4,25 +4,27 @@ A thin layer: every command loads what it needs when it runs, so that ``--help``
 loads neither torch nor a runtime.
 """
 
-# Typer reads the annotations at run time.
-# ruff: noqa: TC003
-
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parnet_export import console
+from parnet_export import console, files
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from parnet_bench.measure import Measurement, Procedure
+    from collections.abc import Callable, Iterator
+
+    from parnet_bench.measure import NextTurn, Procedure
     from parnet_bench.result import Result
-    from parnet_bench.rows import PlannedRow, Request
+    from parnet_bench.rows import Request
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +53,7 @@ def latency(
         list[str] | None,
         typer.Argument(
             help="Bundles, ONNX files or catalogue names (random weights).",
-            metavar="[TARGET]...",
+            metavar="TARGET",
             show_default=False,
         ),
     ] = None,
@@ -82,18 +84,14 @@ def latency(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="CPU cores that each row may use; all by default.", metavar="N"
-        ),
+        typer.Option(min=1, help="CPU cores that each row may use; all by default.", metavar="N"),
     ] = None,
     min_time: Annotated[
         float, typer.Option(help="Measure every row for at least this long.", metavar="S")
     ] = 5.0,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Measure this many rounds, whatever time they take.", metavar="N"
-        ),
+        typer.Option(min=1, help="Measure this many rounds, whatever time they take.", metavar="N"),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Of the order of the rows, and of random weights.")
@@ -105,11 +103,16 @@ def latency(
 ) -> None:
     """Measure networks against each other, in turns on the same cores.
 
-    Every round runs every row once, in random order. Speed-ups are against the first row.
+    Every round runs every row, in random order. Speed-ups are against the first row.
+
+    Graphs of catalogue networks and checkpoints are kept in the folder that
+    PARNET_EXPORT_CACHE names, by default ~/.cache/parnet-export.
     """
-    from parnet_bench.environment import read_environment, usable_cores
+    from parnet_bench.environment import usable_cores
     from parnet_bench.measure import Procedure
+    from parnet_bench.result_file import as_dict
     from parnet_bench.rows import Request
+    from parnet_bench.table import render
 
     if not targets:
         context.fail("Nothing to measure: name a bundle, an ONNX file or a catalogue network.")
@@ -118,10 +121,10 @@ def latency(
     cores = usable_cores()
     if threads is not None and threads > len(cores):
         raise InputError("--threads", f"this process may use {len(cores)} cores", "Use fewer")
-    if not min_time > 0:
+    if not 0 < min_time < math.inf:
         raise InputError("--min-time", f"{min_time} is not a time", "Give seconds above 0")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(output, "lies in no existing folder", "Create the folder first")
+    if output is not None:
+        _require_writable(output)
     request = Request(
         targets=tuple(targets),
         ckpt=ckpt,
@@ -133,5 +136,72 @@ def latency(
         cores=cores[:threads],
         seed=seed,
     )
-    environment = read_environment()
     procedure = Procedure(min_time_s=min_time, rounds=rounds, seed=seed)
+    try:
+        result = _measure(request, procedure)
+    except KeyboardInterrupt:
+        console.warn("interrupted before the first round was complete; nothing was recorded")
+        raise typer.Exit(console.INTERRUPTED_EXIT_CODE) from None
+    console.show(as_dict(result), render(result), as_json=as_json, output=output)
+    if result.partial:
+        kept = f"; what was measured is in {output}, marked as partial" if output else ""
+        console.warn(f"interrupted after {len(result.orders)} rounds{kept}")
+        raise typer.Exit(console.INTERRUPTED_EXIT_CODE)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(console.run(app))
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse a place for the result before minutes are spent on measuring."""
+    if output.is_dir():
+        raise InputError(output, "is a folder", "Give the name of a file")
+    with files.temporary_sibling(output):
+        pass
+
+
+def _measure(request: Request, procedure: Procedure) -> Result:
+    from parnet_bench.environment import read_environment
+    from parnet_bench.latency import measure_rows
+    from parnet_bench.rows import plan_rows
+
+    environment = read_environment()
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
+        rows, notes = plan_rows(request, Path(workspace), console.working)
+        with _progress() as observe:
+            return measure_rows(rows, procedure, environment, notes=notes, observe=observe)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[NextTurn], None]]:
+    """Show on standard error how far the measurement is; silent when that is no terminal.
+
+    It is drawn between turns only: a display that redraws itself takes time from the
+    row that is being measured.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    display = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=console.stderr(),
+        transient=True,
+        auto_refresh=False,
+        disable=not (sys.stderr.isatty() and console.stderr().is_interactive),
+    )
+    with display:
+        task = display.add_task("loading", total=1)
+
+        def observe(turn: NextTurn) -> None:
+            phase = f"round {turn.round_number}" if turn.round_number else "warming up"
+            display.update(
+                task,
+                description=f"{phase}: {console.printable(turn.row)}",
+                completed=turn.fraction,
+                refresh=True,
+            )
+
+        yield observe

@@ -1,9 +1,10 @@
 """Exported graphs of networks that are measured again and again.
 
 Exporting a large network takes longer than measuring it. An entry of the cache is
-a bundle whose name tells everything that the graph depends on. It is made beside
-its place and then renamed into it, so that it is whole or absent; one that is
-damaged is made anew.
+a folder with a bundle and the network's size; its path tells everything that they
+depend on. It is made beside its place and then renamed into it, so that it is
+whole or absent; one that is damaged is made anew. Entries of other versions of the
+exporting code go when nobody has used them for a while.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.resources
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,20 +24,23 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from parnet_export import __version__, files
-from parnet_export.bundle import open_bundle
+from parnet_export.bundle import Bundle, Precision, open_bundle
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from importlib.resources.abc import Traversable
 
-    from parnet_export.bundle import Bundle, Precision
     from parnet_export.network import Level
 
 CACHE_VARIABLE = "PARNET_EXPORT_CACHE"
 """Environment variable that names another place for the cache."""
 
+KEEP_UNUSED_S = 14 * 24 * 3600
+"""How long entries of another version of the exporting code are kept unused."""
+
 _BUNDLE_NAME = "bundle"
+_SIZE_NAME = "size.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,33 @@ class GraphKey:
         return f"{self.network}-{self.level}-{size}-{self.precision}-{digest}"
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkSize:
+    """Size and work of a network, counted before exporters fold anything.
+
+    Parameters
+    ----------
+    parameters
+        Elements of all parameters; BatchNorm statistics are not parameters.
+    flops
+        Floating-point operations for one sample.
+    depth
+        Longest chain of convolutions and linear layers.
+    """
+
+    parameters: int
+    flops: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachedGraph:
+    """An exported network."""
+
+    bundle: Bundle
+    size: NetworkSize
+
+
 def cache_directory() -> Path:
     """Return the folder of the cache: `CACHE_VARIABLE`, else in the user's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
@@ -93,8 +125,10 @@ def toolkit_version() -> str:
     return f"{__version__}+{digest.hexdigest()[:16]}"
 
 
-def cached_graph(directory: Path, key: GraphKey, make: Callable[[Path], object]) -> Bundle:
-    """Return the bundle of a key, made first if the cache does not hold it intact.
+def cached_graph(
+    directory: Path, key: GraphKey, make: Callable[[Path], NetworkSize]
+) -> CachedGraph:
+    """Return the graph of a key, made first if the cache does not hold it intact.
 
     Parameters
     ----------
@@ -103,34 +137,40 @@ def cached_graph(directory: Path, key: GraphKey, make: Callable[[Path], object])
     key
         What the graph depends on.
     make
-        Writes the bundle at the path it is given.
+        Writes the bundle at the path it is given, and counts the network.
 
     Raises
     ------
     InputError
         When the cache cannot be written to.
     """
-    place = directory / "graphs" / key.folder_name
+    version = directory / "graphs" / key.toolkit
+    files.make_directory(version)
+    with contextlib.suppress(OSError):
+        os.utime(version)
+    place = version / key.folder_name
     found = _open_intact(place)
     if found is not None:
         return found
+    _remove_unused(version)
     with _building_folder(place) as building:
-        make(building / _BUNDLE_NAME)
-        _move_into_place(building / _BUNDLE_NAME, place)
-    return open_bundle(place)
+        size = make(building / _BUNDLE_NAME)
+        files.write_bytes(building / _SIZE_NAME, msgspec.json.encode(size))
+        _move_into_place(building, place)
+    return CachedGraph(open_bundle(place / _BUNDLE_NAME), size)
 
 
-def _open_intact(place: Path) -> Bundle | None:
+def _open_intact(place: Path) -> CachedGraph | None:
     try:
-        return open_bundle(place)
-    except InputError:
+        size = msgspec.json.decode((place / _SIZE_NAME).read_bytes(), type=NetworkSize)
+        return CachedGraph(open_bundle(place / _BUNDLE_NAME), size)
+    except (OSError, msgspec.DecodeError, InputError):
         return None
 
 
 @contextlib.contextmanager
 def _building_folder(place: Path) -> Iterator[Path]:
     """Yield a new folder on the file system of `place`, and remove it afterwards."""
-    files.make_directory(place.parent)
     try:
         building = tempfile.mkdtemp(suffix=files.TEMPORARY_SUFFIX, dir=place.parent)
     except OSError as error:
@@ -142,7 +182,7 @@ def _building_folder(place: Path) -> Iterator[Path]:
 
 
 def _move_into_place(made: Path, place: Path) -> None:
-    """Rename a finished bundle, after moving a damaged one out of the way."""
+    """Rename a finished entry, after moving a damaged one out of the way."""
     try:
         made.rename(place)
     except OSError:
@@ -150,6 +190,14 @@ def _move_into_place(made: Path, place: Path) -> None:
             return  # another process has made the same one meanwhile
         _remove(place)
         made.rename(place)
+
+
+def _remove_unused(version: Path) -> None:
+    """Remove the entries of other versions that nobody has used for a while."""
+    for other in version.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if other != version and time.time() - other.stat().st_mtime > KEEP_UNUSED_S:
+                shutil.rmtree(other)
 
 
 def _remove(place: Path) -> None:

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parnet_bench.graph_cache import GraphKey, cache_directory, cached_graph, toolkit_version
+from parnet_bench.graph_cache import (
+    GraphKey,
+    NetworkSize,
+    cache_directory,
+    cached_graph,
+    toolkit_version,
+)
 from parnet_export import files
 from parnet_export.bundle import MANIFEST_NAME
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
+    from parnet_bench.graph_cache import CachedGraph
     from parnet_export.bundle import Bundle, Precision
     from parnet_export.network import Level
 
@@ -46,6 +53,12 @@ def is_onnx_file(target: str) -> bool:
     return Path(target).suffix == ".onnx" and Path(target).is_file()
 
 
+def require_known(target: str) -> None:
+    """Raise `InputError` for a target that is no bundle, no ONNX file and no catalogue name."""
+    if not (is_bundle(target) or is_onnx_file(target)):
+        catalogue_name(target)
+
+
 def catalogue_name(name: str) -> str:
     """Return the catalogue's spelling of a name; case and separators do not matter.
 
@@ -77,8 +90,8 @@ def native_resolution(name: str) -> int:
     return CATALOG[name][1].resolution
 
 
-def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> Bundle:
-    """Return the graph of a checkpoint or catalogue name, from the cache if it is there.
+def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> CachedGraph:
+    """Return a network's graph, from the cache if it is there, and its size in training form.
 
     Parameters
     ----------
@@ -96,6 +109,7 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> B
     InputError
         When the source cannot be read, is fused already, or cannot take the geometry.
     """
+    from parnet_export.census import take_census
     from parnet_export.pipeline import export_graph, make_bundle
     from parnet_export.source import load_network, name_of_file
 
@@ -110,7 +124,7 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> B
         )
     key = GraphKey(
         network=name_of_file(path) if from_file else source,
-        weights=files.sha256_of(path) if from_file else f"seed {seed}",
+        weights=_sha256_of(path) if from_file else f"seed {seed}",
         level=level,
         resolution=resolution,
         batch=geometry.batch,
@@ -118,7 +132,7 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> B
         toolkit=toolkit_version(),
     )
 
-    def make(bundle: Path) -> None:
+    def make(bundle: Path) -> NetworkSize:
         network = load_network(source, seed=seed)
         if network.level != "none":
             raise InputError(
@@ -127,9 +141,9 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> B
         model, provenance = export_graph(
             network, level=level, resolution=resolution, batch=geometry.batch
         )
-        make_bundle(
-            model, provenance, bundle, precision=geometry.precision, prove=level != "none"
-        )
+        make_bundle(model, provenance, bundle, precision=geometry.precision, prove=level != "none")
+        census = take_census(network.module, resolution)
+        return NetworkSize(census.parameters, census.flops, census.depth)
 
     return cached_graph(cache_directory(), key, make)
 
@@ -146,6 +160,14 @@ def onnx_graph(path: Path, folder: Path) -> Bundle:
 
     model, provenance = read_graph(path)
     return make_bundle(model, provenance, folder)[0]
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        return files.sha256_of(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(path, f"cannot be read ({reason})", "Give a readable file") from error
 
 
 def _squash(name: str) -> str:

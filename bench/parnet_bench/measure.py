@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from parnet_bench.statistics import median, median_absolute_deviation
+from parnet_bench.statistics import median
 
 Turn = Callable[[int], Sequence[int]]
 """Runs a row that many times in succession and returns each latency in nanoseconds."""
@@ -27,7 +27,7 @@ Turn = Callable[[int], Sequence[int]]
 StopReason = Literal["min-time", "rounds", "interrupted"]
 
 _NS_PER_S = 1_000_000_000
-_MIN_ROUNDS_PER_ROW = 20
+_ROUNDS_AIM = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Settling:
 
     A row runs window after window. It is warm once the medians of two successive
     windows differ by no more than `tolerance` plus twice their standard error, so
-    that noise alone cannot keep a row from ever settling.
+    that noise alone cannot keep a row from settling.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Settling:
         A row that has not settled after this time is measured as it is, and marked.
     """
 
-    window_s: float = 0.1
+    window_s: float = 0.25
     window_runs: int = 5
     tolerance: float = 0.02
     max_s: float = 10.0
@@ -105,8 +105,8 @@ class Procedure:
 
     def runs_per_turn(self, latency_ns: float) -> int:
         """Return how many measured runs of a row of this latency make up a turn."""
-        # A short measurement still consists of many rounds.
-        aim_s = min(self.turn_s, self.min_time_s / _MIN_ROUNDS_PER_ROW)
+        # Ratios take rounds, so a short measurement has short turns rather than few.
+        aim_s = min(self.turn_s, self.min_time_s / _ROUNDS_AIM)
         return max(self.turn_runs, round(aim_s * _NS_PER_S / max(latency_ns, 1)))
 
 
@@ -152,7 +152,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class NextTurn:
     """How far a measurement is.
 
     Parameters
@@ -211,7 +211,7 @@ def warm_up(turn: Turn, settling: Settling) -> WarmUp:
 def measure(
     turns: Mapping[str, Turn],
     procedure: Procedure,
-    observe: Callable[[Progress], object] = lambda _: None,
+    observe: Callable[[NextTurn], object] = lambda _: None,
 ) -> Measurement:
     """Warm every row up, then measure all rows in interleaved rounds.
 
@@ -240,7 +240,7 @@ def measure(
     rounds: list[Round] = []
     try:
         for index, (name, turn) in enumerate(turns.items()):
-            observe(Progress(name, 0, index / len(turns)))
+            observe(NextTurn(name, 0, index / len(turns)))
             warm_ups[name] = warm_up(turn, procedure.settling)
         stopped = _measure_rounds(turns, procedure, warm_ups, rounds, observe)
     except KeyboardInterrupt:
@@ -253,7 +253,7 @@ def _measure_rounds(
     procedure: Procedure,
     warm_ups: Mapping[str, WarmUp],
     rounds: list[Round],
-    observe: Callable[[Progress], object],
+    observe: Callable[[NextTurn], object],
 ) -> StopReason:
     """Append rounds until it is time to stop; what is appended survives an interruption."""
     runs = {
@@ -270,7 +270,7 @@ def _measure_rounds(
         order = [names[index] for index in shuffler.permutation(len(names))]
         latencies_ns: dict[str, tuple[int, ...]] = {}
         for name in order:
-            observe(Progress(name, len(rounds) + 1, done))
+            observe(NextTurn(name, len(rounds) + 1, done))
             latencies = turns[name](procedure.lead_in + runs[name])
             latencies_ns[name] = tuple(latencies[procedure.lead_in :])
         for name, latencies in latencies_ns.items():
@@ -296,6 +296,12 @@ def _agree(before: Sequence[int], after: Sequence[int], settling: Settling) -> b
 
 
 def _median_variance(window: Sequence[int]) -> float:
-    """Return the squared standard error of a median: pi/2 of the mean's, sigma being 1.4826 MAD."""
-    deviation = 1.4826 * median_absolute_deviation(window)
+    """Return the squared standard error of a window's median: pi/2 of the mean's.
+
+    Noise is told from the differences between neighbours, which a trend hardly touches:
+    a latency that still falls must not pass for a noisy one.
+    """
+    if len(window) < 2:
+        return 0.0
+    deviation = median(np.abs(np.diff(window))) / (0.6745 * math.sqrt(2))
     return math.pi / 2 * deviation**2 / len(window)

@@ -28,8 +28,13 @@ def as_dict(result: Result) -> dict[str, Any]:
     """Return a result with its summaries as plain values, ready for JSON."""
     plain: dict[str, Any] = msgspec.to_builtins(result)
     rows = [
-        {**row["description"], "summary": msgspec.to_builtins(summary), **row["recording"]}
-        for row, summary in zip(plain.pop("rows"), summarise(result), strict=True)
+        {
+            "label": row.description.provenance.label,
+            **msgspec.to_builtins(row.description),
+            "summary": msgspec.to_builtins(summary),
+            **msgspec.to_builtins(row.recording),
+        }
+        for row, summary in zip(result.rows, summarise(result), strict=True)
     ]
     return {
         "kind": KIND,

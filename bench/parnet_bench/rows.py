@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_bench.graph_cache import CachedGraph
     from parnet_bench.result import Form
     from parnet_bench.worker import Plan
     from parnet_export.bundle import Bundle, Precision
@@ -111,12 +112,15 @@ def plan_rows(
     InputError
         When a target cannot be used, or not as asked for.
     """
+    baselines = [graphs.catalogue_name(name) for name in request.baselines]
+    for target in request.targets:
+        graphs.require_known(target)  # before minutes are spent on exporting another one
     planner = _Planner(request, workspace, working)
     rows = [row for target in request.targets for row in planner.target_rows(target)]
     geometry = _geometry(rows[0], rows[0].bundle.manifest.precision)
     if request.ckpt is not None:
         rows.insert(0, planner.checkpoint_row(request.ckpt, rows[0], geometry))
-    rows += [planner.baseline_row(name, geometry) for name in request.baselines]
+    rows += [planner.baseline_row(name, geometry) for name in baselines]
     return _with_unique_names(rows), tuple(planner.notes)
 
 
@@ -146,8 +150,8 @@ class _Planner:
         unfused = self._catalogue_graph(name, "none", geometry)
         fused = self._catalogue_graph(name, "full", geometry)
         return [
-            self._row(target, unfused, "unfused", geometry.precision),
-            *self._whole_and_streams(target, fused, geometry.precision),
+            self._unfused_row(target, unfused, geometry),
+            *self._whole_and_streams(target, fused.bundle, geometry.precision),
         ]
 
     def checkpoint_row(self, ckpt: str, target: PlannedRow, geometry: Geometry) -> PlannedRow:
@@ -158,19 +162,28 @@ class _Planner:
             known = target.bundle.manifest.provenance.seed
             seed = seed if known is None else known
         with self._working(f"exporting {ckpt}, unfused"):
-            bundle = graphs.network_graph(source, "none", geometry, seed)
-        row = self._row(ckpt, bundle, "unfused", geometry.precision)
+            graph = graphs.network_graph(source, "none", geometry, seed)
+        row = self._unfused_row(ckpt, graph, geometry)
         with self._working(f"comparing {ckpt} with {target.description.target}"):
             _require_same_function(row, target)
         return row
 
     def baseline_row(self, name: str, geometry: Geometry) -> PlannedRow:
-        bundle = self._catalogue_graph(graphs.catalogue_name(name), "full", geometry)
-        return self._row(name, bundle, "whole", geometry.precision)
+        graph = self._catalogue_graph(name, "full", geometry)
+        return self._row(name, graph.bundle, "whole", geometry.precision)
 
-    def _catalogue_graph(self, name: str, level: Level, geometry: Geometry) -> Bundle:
+    def _catalogue_graph(self, name: str, level: Level, geometry: Geometry) -> CachedGraph:
         with self._working(f"exporting {name}, {'unfused' if level == 'none' else 'fused'}"):
             return graphs.network_graph(name, level, geometry, self._request.seed)
+
+    def _unfused_row(self, target: str, graph: CachedGraph, geometry: Geometry) -> PlannedRow:
+        row = self._row(target, graph.bundle, "unfused", geometry.precision)
+        # The exporter has folded some BatchNorms into the graph; the network has them still.
+        size = graph.size
+        description = replace(
+            row.description, parameters=size.parameters, flops=size.flops, depth=size.depth
+        )
+        return replace(row, description=description)
 
     def _whole_and_streams(
         self, target: str, bundle: Bundle, precision: Precision | None
@@ -179,7 +192,7 @@ class _Planner:
         if len(bundle.stream_graph.segments) > 1:
             rows.append(self._row(target, bundle, "streams", precision))
         else:
-            self.notes.append(f"{target} has no parallel branches, so there is no streams row.")
+            self.notes.append(f"{target} is a single segment, so it has no streams row.")
         return rows
 
     def _row(
@@ -260,7 +273,7 @@ def _require_same_function(row: PlannedRow, target: PlannedRow) -> None:
     from parnet_export.verify import SOURCE_LIMIT, relative_error
 
     manifest = target.bundle.manifest
-    samples = make_samples(manifest.inputs, precision=manifest.precision, sizes=target.sizes)
+    samples = make_samples(manifest.inputs, sizes=target.sizes)
     (image,) = next(samples).inputs.values()
     error = relative_error(_first_output(row.bundle, image), _first_output(target.bundle, image))
     if error > SOURCE_LIMIT[manifest.precision]:
@@ -282,7 +295,7 @@ def _first_output(bundle: Bundle, image: NDArray[Any]) -> NDArray[Any]:
 
 
 def _with_unique_names(rows: list[PlannedRow]) -> tuple[PlannedRow, ...]:
-    """Number the rows that would share a name."""
+    """Append a number to the names that rows would share."""
     seen: Counter[str] = Counter()
     unique = []
     for row in rows:

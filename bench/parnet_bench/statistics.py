@@ -232,7 +232,7 @@ class _Pooled:
         owners = self.owners[np.minimum(members, len(self.owners) - 1)]
         counts = np.cumsum(np.take_along_axis(draws, owners, axis=1), axis=1)
         offset = np.argmax(counts >= (ranks - before)[:, None], axis=1)
-        return np.take(self.ordered, block * self.width + offset)
+        return np.asarray(self.ordered[block * self.width + offset])
 
 
 def _binomial_masses(count: int, probability: float) -> npt.NDArray[np.float64]:

@@ -44,8 +44,6 @@ class Job:
         Logical CPU cores that the process may use.
     sizes
         Sizes of the symbolic dimensions of the inputs.
-    seed
-        Seed of the inputs.
     """
 
     bundle: str
@@ -53,7 +51,6 @@ class Job:
     devices: str
     cores: tuple[int, ...]
     sizes: dict[str, int]
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +100,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     job = msgspec.json.decode(requests.readline(), type=Job)
     use_cores(job.cores)
     with Session.open(job.bundle, job.devices, plan=job.plan, threads=len(job.cores)) as session:
-        sample = next(
-            make_samples(session.inputs, precision="fp32", seed=job.seed, sizes=job.sizes)
-        )
+        sample = next(make_samples(session.inputs, sizes=job.sizes))
         turn = timed(lambda: session.run(sample.inputs))
         _send(replies, Reply())
         for line in requests:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,11 +14,15 @@ from parnet_bench.environment import Environment
 from parnet_bench.measure import Procedure
 from parnet_bench.result import Recording, Result, Row, RowDescription
 from parnet_export.bundle import Provenance
+from parnet_export.models.catalog import CATALOG, FAMILIES
+from parnet_export.models.family import Entry
+from parnet_export.models.parnet import ParNetConfig
+from parnet_export.models.resnet import ResNetConfig
 from parnet_export.pipeline import make_bundle, read_graph
 from parnet_export.stream_graph import TensorSpec
 
 
-def write_forked_network(path, *, channels=16, batch=1, branches=2):
+def write_forked_network(path, *, channels=48, batch=1, branches=2):
     """Write a stem, equal branches of two convolutions each, a sum and a classifier."""
     rng = np.random.default_rng(0)
     nodes, weights = [], []
@@ -26,9 +31,7 @@ def write_forked_network(path, *, channels=16, batch=1, branches=2):
         weight = rng.normal(0, 0.1, (channels, inputs, 3, 3)).astype(np.float32)
         weights.append(numpy_helper.from_array(weight, f"{name}.weight"))
         nodes.append(
-            helper.make_node(
-                "Conv", [read, f"{name}.weight"], [name], name=name, pads=[1, 1, 1, 1]
-            )
+            helper.make_node("Conv", [read, f"{name}.weight"], [name], name=name, pads=[1, 1, 1, 1])
         )
         return name
 
@@ -82,3 +85,78 @@ def forked_bundle(forked_onnx, tmp_path_factory):
 def dynamic_bundle(dynamic_onnx, tmp_path_factory):
     """The bundle of `dynamic_onnx`."""
     return make_bundle(*read_graph(dynamic_onnx), tmp_path_factory.mktemp("bundles") / "dynamic")[0]
+
+
+@pytest.fixture(scope="module")
+def tiny_catalogue(tmp_path_factory):
+    """A catalogue with a tiny ParNet and a tiny ResNet, and an empty cache of graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARNET_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        parnet = ParNetConfig((48, 96), (1, 1), 64, num_classes=10, variant="cifar")
+        resnet = ResNetConfig("basic", (1, 1), width=8, num_classes=10)
+        for family, name, config in (
+            (FAMILIES["parnet"], "parnet-tiny", parnet),
+            (FAMILIES["resnet"], "resnet-tiny", resnet),
+        ):
+            entry = Entry(name, name, config, 32, "reconstruction", "for tests")
+            patch.setitem(CATALOG, name, (family, entry))
+        yield Path(os.environ["PARNET_EXPORT_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def make_result():
+    """Make a result of rows given as ``{name: rounds in nanoseconds}``."""
+
+    def make(rounds_by_row, *, forms=("unfused", "whole", "streams"), stopped="rounds", **options):
+        rows = []
+        for name, form in zip(rounds_by_row, forms, strict=False):
+            provenance = Provenance(
+                network="net",
+                source="net",
+                weights=options.get("weights", "random"),
+                seed=0,
+                level="none" if form == "unfused" else "full",
+            )
+            description = RowDescription(
+                name=name,
+                network="net",
+                form=form,
+                target="net",
+                provenance=provenance,
+                precision="fp32",
+                batch=options.get("batch", 1),
+                inputs=(TensorSpec("image", "float32", (1, 3, 32, 32)),),
+                parameters=1_267_146,
+                flops=306_632_000,
+                depth=12,
+                devices="cpu",
+                cores=(0, 1),
+            )
+            rounds = tuple(map(tuple, rounds_by_row[name]))
+            recording = Recording(options.get("settled", True), (900, 500), rounds)
+            rows.append(Row(description, recording))
+        count = len(rows[0].recording.rounds_ns)
+        return Result(
+            environment=Environment(
+                created="2030-01-02T03:04:05+00:00",
+                command=("parnet-bench", "latency", "net"),
+                cpu_model="Some CPU",
+                logical_cores=4,
+                physical_cores=2,
+                affinity=(0, 1, 2, 3),
+                governors=("performance",),
+                load_average=(0.5, 0.25, 0.125),
+                memory_bytes=1 << 34,
+                available_memory_bytes=1 << 33,
+                system="Linux",
+                python="CPython 3.11.7",
+                libraries={"numpy": "2.0", "onnxruntime": "1.22.0"},
+            ),
+            procedure=Procedure(rounds=count),
+            stopped=stopped,
+            orders=tuple(tuple(range(len(rows))) for _ in range(count)),
+            rows=tuple(rows),
+            notes=options.get("notes", ()),
+        )
+
+    return make
