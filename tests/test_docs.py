@@ -44,7 +44,9 @@ def reference():
             else:
                 names = [*parameter.opts, *parameter.secondary_opts]
                 label = ", ".join(f"`{option}`" for option in names)
-            choices = typing.get_args(parameter.type_descriptor.annotation)
+            annotation = parameter.type_descriptor.annotation
+            is_choice = typing.get_origin(annotation) is typing.Literal
+            choices = typing.get_args(annotation) if is_choice else ()
             if choices:
                 label += f" ({', '.join(map(str, choices))})"
             default = parameter.default

@@ -10,9 +10,8 @@ import contextlib
 import math
 import sys
 import tempfile
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,13 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure the latency of networks so that the numbers hold up.",
 )
-
-
-class PrecisionName(StrEnum):
-    """Element type of weights and of the tensors between segments."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
 
 
 @app.callback()
@@ -80,7 +72,8 @@ def latency(
         int | None, typer.Option(min=1, help="Height and width in pixels.", metavar="N")
     ] = None,
     precision: Annotated[
-        PrecisionName | None, typer.Option(help="Element type of catalogue networks.")
+        Literal["fp32", "fp16"] | None,
+        typer.Option(help="Element type of catalogue networks."),
     ] = None,
     threads: Annotated[
         int | None,
@@ -131,7 +124,7 @@ def latency(
         baselines=tuple(baseline or ()),
         batch=batch,
         resolution=resolution,
-        precision=precision.value if precision else None,
+        precision=precision,
         devices=devices,
         cores=cores[:threads],
         seed=seed,
