@@ -83,7 +83,14 @@ def refer_to(model: ir.Model, stored: Iterable[StoredTensor], file_name: str) ->
     for value in _initializers(copy):
         tensor = value.const_value
         place = places.get(id(tensor))
-        if tensor is None or place is None:
+        if tensor is None:
+            continue
+        if place is None:
+            if isinstance(tensor, ir.ExternalTensor):
+                # A small tensor that its source keeps in another file, which the copy cannot reach.
+                value.const_value = ir.Tensor(
+                    tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
+                )
             continue
         value.const_value = ir.ExternalTensor(
             file_name,

@@ -273,7 +273,10 @@ def test_a_network_without_large_weights_has_no_weights_file(tmp_path):
     assert all(name.endswith(".onnx") for name in bundle.manifest.files)
 
 
-def test_an_onnx_file_with_its_weights_elsewhere_is_copied_into_the_bundle_once(tmp_path):
+@pytest.mark.parametrize("size_threshold", [1024, 0])
+def test_an_onnx_file_with_its_weights_elsewhere_is_copied_into_the_bundle_once(
+    tmp_path, size_threshold
+):
     source = tmp_path / "source"
     source.mkdir()
     model = two_branches(width=128)
@@ -282,6 +285,7 @@ def test_an_onnx_file_with_its_weights_elsewhere_is_copied_into_the_bundle_once(
         source / "net.onnx",
         save_as_external_data=True,
         location="net.data",
+        size_threshold=size_threshold,
     )
     bundle = write(split_model(load_onnx(source / "net.onnx")), tmp_path / "b")
     size_bytes = sum(len(content) for content in contents(bundle.path).values())
