@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from parnet_export import files
+from parnet_export.darknet_file import looks_like_darknet_file, read_darknet_file
 from parnet_export.errors import InputError, name_some
 from parnet_export.safetensors_file import (
     looks_like_safetensors,
@@ -73,10 +74,10 @@ class Checkpoint:
         CPU tensors in their stored types, by their names in the module. Most are
         backed by the file, so holding them costs no memory of its own.
     metadata
-        The header of a safetensors file; or for a torch file ``"weights_entry"``,
-        the entry that the weights were taken from (``"state_dict"``,
-        ``"state_dict_ema"``, ``"model"``, or empty for a bare state dict), and
-        those of arch, epoch, metric and version that it tells.
+        The header of a safetensors or Darknet file; or for a torch file
+        ``"weights_entry"``, the entry that the weights were taken from
+        (``"state_dict"``, ``"state_dict_ema"``, ``"model"``, or empty for a bare
+        state dict), and those of arch, epoch, metric and version that it tells.
     """
 
     path: Path
@@ -86,11 +87,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, use_ema: bool = False) -> Checkpoint:
-    """Read the weights in a torch or safetensors file.
+    """Read the weights in a torch, safetensors or Darknet file.
 
     The type is told by the content, whatever the file is called: a state dict or a
-    training checkpoint of ``torch.save``, of any torch version, or safetensors.
-    ``module.`` prefixes of parallel training are removed from torch files.
+    training checkpoint of ``torch.save``, of any torch version, safetensors, or
+    Darknet's ``.weights``. ``module.`` prefixes of parallel training are removed
+    from torch files.
 
     Parameters
     ----------
@@ -108,17 +110,15 @@ def read_checkpoint(path: Path, *, use_ema: bool = False) -> Checkpoint:
     """
     head = _first_bytes(path)
     if looks_like_safetensors(head):
-        if use_ema:
-            raise InputError(
-                path,
-                "is a safetensors file, which holds one set of weights and no moving average",
-                "Leave --use-ema away",
-            )
+        _refuse_average(path, "safetensors", use_ema=use_ema)
         tensors, metadata = read_safetensors(path)
         if not tensors:
             raise InputError(path, "holds no tensors", _FORMATS)
     elif looks_like_torch_file(head):
         tensors, metadata = read_torch_file(path, use_ema=use_ema)
+    elif looks_like_darknet_file(head):
+        _refuse_average(path, "Darknet", use_ema=use_ema)
+        tensors, metadata = read_darknet_file(path)
     else:
         raise _not_a_checkpoint(path, head)
     return Checkpoint(path, files.sha256_of(path), tensors, metadata)
@@ -202,6 +202,15 @@ def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
         return True
     cast = tensor.to(dtype) if dtype.is_floating_point else tensor.double()
     return bool(cast.isfinite().all())
+
+
+def _refuse_average(path: Path, kind: str, *, use_ema: bool) -> None:
+    if use_ema:
+        raise InputError(
+            path,
+            f"is a {kind} file, which holds one set of weights and no moving average",
+            "Leave --use-ema away",
+        )
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -35,7 +35,7 @@ Arch = Annotated[
     typer.Option(help="Catalogue name that the checkpoint must turn out to be.", metavar="NAME"),
 ]
 Activation = Annotated[
-    Literal["auto", "silu", "relu"],
+    Literal["auto", "silu", "relu", "mish"],
     typer.Option(help="The network's activation; auto tells it from the checkpoint."),
 ]
 UseEma = Annotated[bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from parnet_export.models.family import Family
     from parnet_export.network import Level
 
-_SUFFIXES = (".tar", ".pth", ".pt", ".safetensors", ".fused", ".bin", ".ckpt")
+_SUFFIXES = (".tar", ".pth", ".pt", ".safetensors", ".fused", ".bin", ".ckpt", ".weights")
 _TOOLS = ("parnet-export", "torch", "onnx", "onnx-ir", "onnxruntime")
 
 
@@ -121,11 +121,8 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         raise InputError("--arch", f"{arch} contradicts the source {name}", "Leave it out")
     config, chosen = entry.config, ""
     if hasattr(config, "activation"):
-        if activation not in ("auto", "silu", "relu"):
-            problem = f"{activation!r} is no activation"
-            raise InputError("--activation", problem, "Choose auto, silu or relu")
         if activation != "auto":
-            config = replace(config, activation=activation)
+            config = _with_activation(name, config, activation)
         chosen = f"{config.activation} ({'the catalogue' if activation == 'auto' else 'as asked'})"
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -142,6 +139,14 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         created=now(),
     )
     return _network(module, family, config, provenance, level="none", resolution=entry.resolution)
+
+
+def _with_activation(name: str, config: Any, activation: str) -> Any:
+    try:
+        return msgspec.convert(asdict(config) | {"activation": activation}, type(config))
+    except msgspec.ValidationError as error:
+        problem = f"{activation!r} is no activation that {name} can have"
+        raise InputError("--activation", problem, "Leave it out") from error
 
 
 def _network(

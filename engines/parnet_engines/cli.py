@@ -41,7 +41,7 @@ def verify(
         ),
     ] = None,
     activation: Annotated[
-        Literal["auto", "silu", "relu"],
+        Literal["auto", "silu", "relu", "mish"],
         typer.Option(help="The network's activation; auto tells it from the checkpoint."),
     ] = "auto",
     use_ema: Annotated[

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from parnet_export.models import parnet_family, resnet_family
+from parnet_export.models import (
+    parnet_family,
+    resnet_family,
+    seqconv_family,
+    yolov4_csp_family,
+)
 
 if TYPE_CHECKING:
     from parnet_export.models.family import Entry, Family
 
 FAMILIES: dict[str, Family] = {
-    family.key: family for family in (parnet_family.FAMILY, resnet_family.FAMILY)
+    family.key: family
+    for family in (
+        parnet_family.FAMILY,
+        resnet_family.FAMILY,
+        seqconv_family.FAMILY,
+        yolov4_csp_family.FAMILY,
+    )
 }
 
 CATALOG: dict[str, tuple[Family, Entry]] = {
