@@ -258,6 +258,16 @@ def _check_files(path: Path, expected: Mapping[str, StoredFile]) -> None:
             raise InputError(file, "is not the file that was written (its digest differs)", _REMAKE)
 
 
+def _is_foreign(content: bytes) -> bool:
+    """Tell whether a manifest is another program's, or of a schema that is still to come."""
+    try:
+        manifest = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False  # damaged
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    return not isinstance(version, int) or version > SCHEMA_VERSION
+
+
 class BundleWriter:
     """Collects the files of a bundle and commits them at once.
 
@@ -288,9 +298,13 @@ class BundleWriter:
             return
         manifest = path / MANIFEST_NAME
         if manifest.exists():
+            content = _read_manifest(path)
+            if _is_foreign(content):
+                problem = f"holds a {MANIFEST_NAME} that is not ours or of a newer version"
+                raise InputError(path, problem, "Choose another folder, or remove it first")
             # A damaged manifest does not keep anyone from making the bundle again.
             with contextlib.suppress(InputError):
-                self._previous = frozenset(_decode(manifest, _read_manifest(path)).files)
+                self._previous = frozenset(_decode(manifest, content).files)
         elif any(not self._is_ours(entry) for entry in path.iterdir()):
             raise InputError(
                 path, "is a folder with other files in it", "Choose a new or empty folder"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from parnet_engines import cli as engines_cli
-from parnet_export import console
+from parnet_export import console, files
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ Activation = Annotated[
     typer.Option(help="The network's activation; auto tells it from the checkpoint."),
 ]
 UseEma = Annotated[bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")]
-Seed = Annotated[int, typer.Option(help="Seed of a catalogue name's random weights.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**63 - 1, help="Seed of a catalogue name's random weights."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Output = Annotated[
     Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
@@ -72,11 +75,12 @@ def fuse(
     from parnet_export.pipeline import beside, fuse_and_prove
     from parnet_export.source import load_network
 
+    path = out or beside(ckpt, ".fused.safetensors")
+    _check_places(ckpt, {"--out": path, "--output": output})
     with console.working(f"loading {ckpt}"):
         network = load_network(ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=seed)
     with console.working("fusing, and proving that both forms compute the same"):
         fused, proof = fuse_and_prove(network, level)
-    path = out or beside(ckpt, ".fused.safetensors")
     with console.working(f"writing {path}"):
         write_safetensors(path, fused.module.state_dict(), Header.of(fused).encode())
 
@@ -162,11 +166,21 @@ def split_streams(
     from parnet_export.split import SplitOptions
 
     images = _parse_batch(batch)
+    path = out or pipeline.beside(source, ".bundle")
+    _check_places(source, {"--output": output})
     model: ir.Model
     provenance: Provenance
     if source.endswith(".onnx"):
-        fixed = {"--level": level, "--resolution": resolution, "--batch": batch, "--arch": arch}
-        for option, value in fixed.items():
+        useless = {
+            "--level": level,
+            "--resolution": resolution,
+            "--batch": batch,
+            "--arch": arch,
+            "--activation": None if activation == "auto" else activation,
+            "--use-ema": use_ema or None,
+            "--seed": seed or None,
+        }
+        for option, value in useless.items():
             if value is not None:
                 problem = f"{source} is a graph already, and has its own"
                 raise InputError(option, problem, "Leave the option out")
@@ -179,9 +193,8 @@ def split_streams(
             )
         with console.working("exporting to ONNX"):
             model, provenance = pipeline.export_graph(
-                network, level=level or "full", resolution=resolution, batch=images
+                network, level=level, resolution=resolution, batch=images
             )
-    path = out or pipeline.beside(source, ".bundle")
     with console.working(f"splitting, proving and writing {path}"):
         bundle, notes = pipeline.make_bundle(
             model,
@@ -210,9 +223,10 @@ def inspect_bundle(
     output: Output = None,
 ) -> None:
     """Show the segments of a bundle, their cost, and what running them in parallel can gain."""
-    from parnet_export import files, inspection, picture
+    from parnet_export import inspection, picture
     from parnet_export.bundle import open_bundle
 
+    _check_places(str(bundle), {"--svg": svg, "--output": output})
     opened = open_bundle(bundle)
     if svg is not None:
         files.write_text(
@@ -228,6 +242,7 @@ def models(as_json: AsJson = False, output: Output = None) -> None:
 
     from parnet_export.census import list_catalogue
 
+    _check_places("", {"--output": output})
     with console.working("counting"):
         rows = list_catalogue()
     table = Table(title="Catalogue", title_justify="left", caption_justify="left", box=None)
@@ -259,6 +274,20 @@ engines_cli.register(app)
 def main() -> None:
     """Run the command line and leave with its exit code."""
     sys.exit(console.run(app))
+
+
+def _check_places(source: str, places: dict[str, Path | None]) -> None:
+    """Refuse places that cannot be written to, or that hold the source, before any work."""
+    taken = {Path(source).resolve(): source} if source else {}
+    for option, place in places.items():
+        if place is None:
+            continue
+        if place.is_file() or not place.exists():
+            if place.resolve() in taken:
+                problem = f"{place} is also {taken[place.resolve()]}, which would be lost"
+                raise InputError(option, problem, "Give another name")
+            taken[place.resolve()] = option
+        files.require_writable(place)
 
 
 def _parse_batch(batch: str | None) -> int | str:

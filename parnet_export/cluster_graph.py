@@ -101,7 +101,7 @@ class ClusterGraph:
             (self.predecessors, self.successors),
             (self.successors, self.predecessors),
         ):
-            for other in near[v]:
+            for other in near[v] - {u}:
                 back_near[other].discard(v)
                 back_near[other].add(u)
             near[u] = (near[u] | near[v]) - {u, v}

@@ -8,6 +8,7 @@ by the function that needs it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -31,6 +32,9 @@ INTERRUPTED_EXIT_CODE = 130
 
 CLOSED_PIPE_EXIT_CODE = 141
 """What shells report for a process whose reader went away (128 + SIGPIPE)."""
+
+_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})
+"""What the operating system says of paths that nobody could use."""
 
 _MULTIPLES = ("", "k", "M", "G", "T", "P")
 
@@ -116,7 +120,19 @@ def run(app: typer.Typer, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return CLOSED_PIPE_EXIT_CODE
+    except PermissionError as error:
+        return _refuse_path(error)
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS:
+            raise
+        return _refuse_path(error)
     return exit_code
+
+
+def _refuse_path(error: OSError) -> int:
+    reason = error.strerror or str(error)
+    _say("error", f"{error.filename}: cannot be used ({reason}). Check the path.", "bold red")
+    return ParnetError.exit_code
 
 
 def _exit_code_of(command: Callable[..., object], argv: Sequence[str] | None) -> int:

@@ -24,6 +24,9 @@ INPUT_NAME = "image"
 BATCH_NAME = "batch"
 OPSET_VERSION = 20
 
+MAX_RESOLUTION = 8192
+"""Larger images than this do not fit into memory; refusing them beats a failed allocation."""
+
 
 def export_network(
     network: Network, *, resolution: int | None = None, batch: int | None = 1
@@ -51,6 +54,9 @@ def export_network(
         near = sorted({lower, lower + multiple}, key=lambda size: abs(size - pixels))
         problem = f"{pixels} is not a multiple of {multiple} pixels, which {network.name} needs"
         raise InputError("--resolution", problem, f"Use {near[0]} or {near[1]}")
+    if pixels > MAX_RESOLUTION:
+        problem = f"{pixels} is more than {MAX_RESOLUTION} pixels"
+        raise InputError("--resolution", problem, "Use the size that the network was trained at")
     if batch is not None and batch < 1:
         raise InputError("--batch", f"{batch} is not a number of images", "Use 1 or more")
     return export_onnx(

@@ -90,16 +90,39 @@ def replacing(path: Path) -> Iterator[Path]:
         When the place cannot be written to or the disk is full. The temporary
         file is removed and `path` is as it was.
     """
-    target = path.resolve() if path.is_symlink() else path
-    if target.exists() and not target.is_file() and not target.is_dir():
+    try:
+        is_stream = path.exists() and not path.is_file() and not path.is_dir()
+        target = path.resolve() if path.is_symlink() and not is_stream else path
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if is_stream:
         try:
-            yield target
+            yield path
         except OSError as error:
             raise unwritable(path, error) from error
         return
     with temporary_sibling(target) as temporary:
         yield temporary
         move_into_place(temporary, target)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a place that `replacing` could not write to, before any work is done for it.
+
+    Raises
+    ------
+    InputError
+        When `path` is a folder or cannot be written to.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(path, "is a folder", "Give the name of a file")
+        if path.exists() and not path.is_file():
+            return
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with temporary_sibling(path.resolve() if path.is_symlink() else path):
+        pass
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from parnet_export.models.catalog import FAMILIES
 from parnet_export.network import Level, Network, at_level
+from parnet_export.verify import relative_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,8 +101,7 @@ def prove_fusion(before: Network, after: Network, *, seed: int = 0) -> FusionPro
 
 
 def _relative(actual: Outputs, reference: Outputs) -> float:
-    """Return the largest max |difference| / max |reference| of any output; NaN if one is."""
+    """Return the largest relative error of any output; infinite for NaN."""
     if isinstance(actual, torch.Tensor) and isinstance(reference, torch.Tensor):
-        return float((actual - reference).abs().max() / reference.abs().max())
-    pairs = zip(actual, reference, strict=True)
-    return float(torch.tensor([_relative(a, r) for a, r in pairs]).max())
+        return relative_error(actual.numpy(), reference.numpy())
+    return max(_relative(a, r) for a, r in zip(actual, reference, strict=True))

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 _MODULE = "onnxruntime"
 _INSTALL = "pip install 'parnet-export[cpu]'"
-_ERRORS_ONLY = 3  # ONNX Runtime's severity, from 0 (verbose) to 4 (fatal)
+# ONNX Runtime's severity of log lines, 0 (verbose) to 4: its errors reach people as ours.
+_FATAL_ONLY = 4
 
 _FAILURES = (
     "EPFail",
@@ -98,7 +99,7 @@ def open_session(
     """
     onnxruntime = import_onnxruntime(purpose)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = len(cores) or threads or 0
     if len(cores) > 1:

@@ -54,7 +54,7 @@ def fuse_and_prove(network: Network, level: Level) -> tuple[Network, FusionProof
 
 
 def export_graph(
-    network: Network, *, level: Level, resolution: int | None, batch: int | str
+    network: Network, *, level: Level | None = None, resolution: int | None, batch: int | str
 ) -> tuple[ir.Model, Provenance]:
     """Export a network, fused to `level` first if it is in training form.
 
@@ -63,14 +63,19 @@ def export_graph(
     network
         In any form; a fused one stays at its level.
     level
-        How far a network in training form is fused; ``"none"`` leaves it as it is.
+        How far a network in training form is fused, by default ``"full"``; ``"none"`` leaves
+        it as it is. A network that is fused already can only be asked for at its own level.
     resolution
         Height and width in pixels; the network's own by default.
     batch
         Images per inference, or `DYNAMIC`.
     """
-    if network.level == "none" and level != "none":
-        network, _ = fuse_and_prove(network, level)
+    wanted = level or ("full" if network.level == "none" else network.level)
+    if network.level == "none" and wanted != "none":
+        network, _ = fuse_and_prove(network, wanted)
+    elif wanted != network.level:
+        problem = f"{network.name} is already fused at level {network.level}, not {wanted}"
+        raise InputError("--level", problem, "Leave it out, or give the trained checkpoint")
     images = None if batch == DYNAMIC else int(batch)
     return export_network(network, resolution=resolution, batch=images), network.provenance
 

@@ -119,8 +119,8 @@ def _sample(
     for spec in specs:
         values = fill(spec.resolve(sizes), rng)
         if "float" not in spec.dtype:
-            values = (values > 0).astype(np.float64)
-        inputs[spec.name] = values.astype(spec.dtype)
+            values = np.asarray(np.asarray(values) > 0, dtype=np.float64)
+        inputs[spec.name] = np.asarray(values, dtype=spec.dtype)
     return Sample(name, inputs)
 
 

@@ -17,7 +17,7 @@ from parnet_export.bundle import Provenance
 from parnet_export.checkpoint import Checkpoint, load_strictly, read_checkpoint
 from parnet_export.errors import InputError, name_some
 from parnet_export.models.batch_norm import randomise_batch_norm
-from parnet_export.models.catalog import CATALOG, FAMILIES
+from parnet_export.models.catalog import CATALOG, FAMILIES, find_name
 from parnet_export.network import Header, Network
 
 if TYPE_CHECKING:
@@ -65,12 +65,18 @@ def load_network(
     InputError
         When the source cannot be read, or is not a complete network of a known family.
     """
-    name = str(source)
-    if arch is not None and arch not in CATALOG:
-        raise _unknown_name("--arch", arch)
-    if name in CATALOG and not Path(source).is_file():
-        return _random_network(name, arch, activation, seed)
-    path = Path(source)
+    name, path = str(source), Path(source)
+    if arch is not None:
+        known_arch = find_name(arch)
+        if known_arch is None:
+            raise _unknown_name("--arch", arch)
+        arch = known_arch
+    known = find_name(name)
+    if known is not None and not path.is_file():
+        if use_ema:
+            problem = f"{known} stands for random weights, of which there is no average"
+            raise InputError("--use-ema", problem, "Leave it out")
+        return _random_network(known, arch, activation, seed)
     if not path.exists() and not _looks_like_path(name):
         raise _unknown_name(name, name)
     return _from_file(read_checkpoint(path, use_ema=use_ema), arch, activation)
@@ -209,6 +215,9 @@ def _from_header(
     if activation not in ("auto", wanted):
         problem = f"was fused with {wanted}, so it cannot be used with {activation}"
         raise InputError(checkpoint.path, problem, "Fuse the checkpoint again with --activation")
+    multiple = family.input_multiple(config)
+    if header.resolution < multiple or header.resolution % multiple:
+        raise ValueError(f"has a damaged description (resolution {header.resolution})")
     _check_arch(checkpoint.path, family, config, arch)
     module = family.build(config, header.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, checkpoint.path)

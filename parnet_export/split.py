@@ -250,33 +250,29 @@ def _names(graph: ir.Graph, pieces: Sequence[_Piece]) -> tuple[str, ...]:
 def _notes(
     clustering: Clustering, stream_graph: StreamGraph, options: SplitOptions
 ) -> tuple[str, ...]:
-    """Say what was found, with gains as fractions of the network's counted time."""
+    """Say what was found, with gains as fractions of the network's estimated time."""
     total_us = clustering.total_us or 1.0
-    absorbed = [region.gain_us / total_us for region in clustering.regions if not region.kept]
-    largest = max(absorbed, default=0.0)
-    if len(stream_graph.segments) == 1 and not clustering.regions:
-        return ("no parallel branch found: the network stays in one segment",)
+    gains = [region.gain_us / total_us for region in clustering.regions]
     if len(stream_graph.segments) == 1:
-        found = (
-            f"no parallel branch is worth a segment of its own: the largest of "
-            f"{len(clustering.regions)} would shorten the network by {largest:.1%}, "
-            f"and they are kept from {options.min_gain:.1%} on"
+        if not gains:
+            return ("no parallel branch found: the network stays in one segment",)
+        enough = (
+            f"branches are kept from {options.min_gain:.1%} on"
+            if max(gains) < options.min_gain
+            else "too little for what another lane costs"
         )
-        return (found,)
-    weights = {
-        segment.name: time_us
-        for segment, time_us in zip(stream_graph.segments, clustering.times_us, strict=True)
-    }
-    path = stream_graph.critical_path(weights)
-    share = sum(weights[name] for name in path) / total_us
-    chain = (
-        f"{len(weights)} segments: the longest chain, {' -> '.join(path)}, "
-        f"is {share:.0%} of the network's counted work"
+        alone = (
+            f"no parallel branch is worth a segment of its own: the largest of {len(gains)} "
+            f"would shorten the network by an estimated {max(gains):.1%}, {enough}"
+        )
+        return (alone,)
+    inside = [
+        gain for gain, region in zip(gains, clustering.regions, strict=True) if not region.kept
+    ]
+    if not inside:
+        return ()
+    small = (
+        f"{len(inside)} parallel branches stay inside their segments: "
+        f"the largest would shorten the network by an estimated {max(inside):.1%}"
     )
-    if not absorbed:
-        return (chain,)
-    inside = (
-        f"{len(absorbed)} parallel branches stay inside their segments: "
-        f"the largest would shorten the network by {largest:.1%}"
-    )
-    return (chain, inside)
+    return (small,)

@@ -287,8 +287,11 @@ def _run(path: Path, outputs: list[str], samples: Sequence[Tensors]) -> list[Ten
         try:
             values = session.run(outputs, {name: sample[name] for name in inputs})
         except runtime_failures() as error:
+            shapes = ", ".join(f"{name} {list(sample[name].shape)}" for name in inputs)
             raise CheckFailedError(
-                f"{path}: ONNX Runtime cannot run this graph ({error})."
+                f"{path.name}: ONNX Runtime cannot run this graph on {shapes} ({error}). If the "
+                "graph has free dimensions that do not take every size, fix them in the source, "
+                "or skip the proof with --no-verify."
             ) from error
         results.append(dict(zip(outputs, values, strict=True)))
     return results

@@ -31,7 +31,7 @@ def reference():
         "Written by `UPDATE_GOLDEN=1 .venv/bin/pytest tests/test_docs.py`; a test compares.",
         "",
         "Results go to standard output, progress and notes to standard error. Exit codes: 0 done,",
-        "1 a check failed, 2 bad usage or bad input, 130 interrupted.",
+        "1 a check failed, 2 bad usage or bad input, 130 interrupted, 141 the reader went away.",
     ]
     for name, command in commands():
         lines += ["", f"## {name}", "", " ".join((command.help or "").split()), ""]
@@ -50,7 +50,11 @@ def reference():
             if choices:
                 label += f" ({', '.join(map(str, choices))})"
             default = parameter.default
-            shown = "" if default in (None, False, "", ()) or callable(default) else f"`{default}`"
+            shown = (
+                ""
+                if default is None or default is False or default in ("", ()) or callable(default)
+                else f"`{default}`"
+            )
             meaning = " ".join((getattr(parameter, "help", "") or "").split()).replace("|", "\\|")
             lines.append(f"| {label} | {meaning} | {shown} |")
     return "\n".join(lines) + "\n"

@@ -117,7 +117,7 @@ def latency(
     if not 0 < min_time < math.inf:
         raise InputError("--min-time", f"{min_time} is not a time", "Give seconds above 0")
     if output is not None:
-        _require_writable(output)
+        files.require_writable(output)
     request = Request(
         targets=tuple(targets),
         ckpt=ckpt,
@@ -145,14 +145,6 @@ def latency(
 def main() -> None:
     """Run the command line and leave with its exit code."""
     sys.exit(console.run(app))
-
-
-def _require_writable(output: Path) -> None:
-    """Refuse a place for the result before minutes are spent on measuring."""
-    if output.is_dir():
-        raise InputError(output, "is a folder", "Give the name of a file")
-    with files.temporary_sibling(output):
-        pass
 
 
 def _measure(request: Request, procedure: Procedure) -> Result:

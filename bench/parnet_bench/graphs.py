@@ -67,11 +67,11 @@ def catalogue_name(name: str) -> str:
     InputError
         When there is no such network; names the nearest ones.
     """
-    from parnet_export.models.catalog import CATALOG
+    from parnet_export.models.catalog import CATALOG, find_name
 
-    spellings = {_squash(known): known for known in CATALOG}
-    found = spellings.get(_squash(name))
+    found = find_name(name)
     if found is None:
+        spellings = {_squash(known): known for known in CATALOG}
         near = difflib.get_close_matches(_squash(name), spellings, n=3, cutoff=0.5)
         names = " or ".join(spellings[spelling] for spelling in near)
         raise InputError(

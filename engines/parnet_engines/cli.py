@@ -32,8 +32,14 @@ def verify(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Random inputs besides the others.")] = 8,
     seed: Annotated[
-        int, typer.Option(help="Seed of the inputs, and of a catalogue name's random weights.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Seed of the inputs, and of a catalogue name's random weights; "
+            "by default 0, and the seed that the bundle was made with.",
+        ),
+    ] = None,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -54,20 +60,24 @@ def verify(
 ) -> None:
     """Prove that a bundle is intact, and that its segments compute what they were made from."""
     from parnet_engines.bundle_proof import prove_bundle
-    from parnet_export import console
+    from parnet_export import console, files
     from parnet_export.bundle import open_bundle
 
+    if output is not None:
+        files.require_writable(output)
     opened = open_bundle(bundle)
     source = None
     if ckpt is not None:
         from parnet_export.source import load_network
 
+        made_with = opened.manifest.provenance.seed or 0
+        weights_seed = made_with if seed is None else seed
         with console.working(f"loading {ckpt}"):
             source = load_network(
-                ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=seed
+                ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=weights_seed
             )
     with console.working("running whole and split" + (" and source" if source else "")):
-        proof = prove_bundle(opened, source=source, random_samples=samples, seed=seed)
+        proof = prove_bundle(opened, source=source, random_samples=samples, seed=seed or 0)
     console.show(
         _as_dict(opened, source, proof),
         _table(opened, source, proof),
@@ -120,9 +130,8 @@ def _table(bundle: Bundle, source: Network | None, proof: Proof) -> Table:
 
 def _caption(bundle: Bundle) -> str:
     activation = bundle.manifest.provenance.activation
-    return (
-        f"Relative errors. Schema and digests of {len(bundle.manifest.files)} files agree."
-        + (f" Activation: {activation}." if activation else "")
+    return f"Relative errors. Schema and digests of {len(bundle.manifest.files)} files agree." + (
+        f" Activation: {activation}." if activation else ""
     )
 
 

@@ -271,12 +271,15 @@ def _checked(specs: tuple[TensorSpec, ...], inputs: Mapping[str, NDArray[Any]]) 
         if spec.name not in inputs:
             raise InputError(f"input {spec.name!r}", "is missing", takes)
         array = np.asarray(inputs[spec.name])
-        fits = array.dtype.name == spec.dtype and array.ndim == len(spec.shape)
+        # Runtimes read the bytes as they are, so the byte order matters as well.
+        fits = array.dtype.name == spec.dtype and array.dtype.isnative
+        fits = fits and array.ndim == len(spec.shape)
         for expected, size in zip(spec.shape, array.shape, strict=False):
             known = sizes.setdefault(expected, size) if isinstance(expected, str) else expected
             fits = fits and size == known and size > 0
         if not fits:
-            given = _describe("", array.dtype.name, array.shape)
+            given = _describe("", array.dtype.newbyteorder("=").name, array.shape)
+            given += "" if array.dtype.isnative else " in the other byte order"
             raise InputError(f"input {spec.name!r}", f"was given as{given}", takes)
         tensors[spec.name] = array
     return tensors

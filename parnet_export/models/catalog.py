@@ -31,3 +31,12 @@ CATALOG: dict[str, tuple[Family, Entry]] = {
     entry.name: (family, entry) for family in FAMILIES.values() for entry in family.entries
 }
 """Family and entry of each name."""
+
+
+def find_name(name: str) -> str | None:
+    """Return the catalogue's spelling of a name; case, hyphens and underscores do not matter."""
+    return {_plain(known): known for known in CATALOG}.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "")

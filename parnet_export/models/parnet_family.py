@@ -44,6 +44,8 @@ def _build(config: ParNetConfig, level: Level, keys: Iterable[str]) -> nn.Module
 
 
 def _fuse(module: nn.Module, level: Level) -> nn.Module:
+    if isinstance(module, ParNetFull):
+        return module  # nothing is left to fuse
     network = cast("ParNet", module)
     return fuse_full(network) if level == "full" else network.fuse()
 

@@ -154,17 +154,17 @@ class SeqConv(nn.Module):
         raw, activated
             As `ConvUnit` gives them.
         """
-        k = self.shape.filter_width
+        k, windowed = self.shape.filter_width, self.shape.windowed
         reducing, closing = self.reducing_units, self.closing_units
-        view, raws, outputs = x, [], []
-        for index, unit in enumerate(closing):
-            y = reducing[index](view)[1] if reducing else view
-            part = None if shortcut is None else shortcut[:, index * k : (index + 1) * k]
-            raw, activated = unit(y, part)
+        parts = [None] * len(closing) if shortcut is None else shortcut.split(k, 1)
+        groups = list(x.split(k, 1)) if windowed else [x]
+        seen, raws = len(groups), []
+        for index, (unit, part) in enumerate(zip(closing, parts, strict=True)):
+            view = torch.cat(groups[-seen:] if windowed else groups, 1)
+            raw, activated = unit(reducing[index](view)[1] if reducing else view, part)
             raws.append(raw)
-            outputs.append(activated)
-            view = torch.cat((view[:, k:] if self.shape.windowed else view, activated), 1)
-        return torch.cat(raws, 1), torch.cat(outputs, 1)
+            groups.append(activated)
+        return torch.cat(raws, 1), torch.cat(groups[-len(closing) :], 1)
 
 
 class ResidualBlock(nn.Module):

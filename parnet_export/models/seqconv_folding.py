@@ -47,7 +47,7 @@ def fold_seqconv(net: SeqConvNet) -> SeqConvNet:
             state |= {f"{name}.{key}": value for key, value in _state_of(unit, form).items()}
     copies = {key: value.clone() for key, value in state.items()}
     folded.load_state_dict(copies, assign=True)
-    return folded.eval()
+    return folded.eval().requires_grad_(requires_grad=False)
 
 
 def _state_of(unit: ConvUnit, form: UnitForm) -> dict[str, Tensor]:

@@ -152,6 +152,8 @@ def test_half_precision_agrees_within_its_own_limits(verify, exported, checkpoin
 
 def test_random_weights_of_another_seed_fail_and_the_message_says_why(verify, random_bundle):
     ran = verify(random_bundle, "--ckpt", CATALOGUE_NAME, "--samples", 1)
+    assert ran.exit_code == 0  # by default the seed that the bundle was made with
+    ran = verify(random_bundle, "--ckpt", CATALOGUE_NAME, "--samples", 1, "--seed", 0)
     assert ran.exit_code == 1
     assert "FAILED" in ran.out
     assert "The bundle's random weights are of seed 3" in ran.err

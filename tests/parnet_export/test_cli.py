@@ -161,7 +161,17 @@ def test_an_onnx_file_is_a_source_too(cli, made_bundle, tmp_path):
     assert bundle.manifest.provenance.weights == "unknown"
 
 
-@pytest.mark.parametrize("option", [("--batch", 2), ("--resolution", 64), ("--level", "full")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--batch", 2),
+        ("--resolution", 64),
+        ("--level", "full"),
+        ("--activation", "relu"),
+        ("--use-ema",),
+        ("--seed", 7),
+    ],
+)
 def test_options_that_a_graph_fixes_are_refused_with_an_onnx_file(cli, option, tmp_path):
     code, _, err = cli("split-streams", tmp_path / "any.onnx", *option)
     assert code == 2
@@ -327,3 +337,96 @@ def test_unknown_options_and_levels_are_usage_errors(cli, checkpoint):
     assert cli("fuse", "--ckpt", checkpoint, "--level", "most")[0] == 2
     assert cli("fuse", "--nonsense")[0] == 2
     assert cli("split-streams", checkpoint, "--precision", "fp8")[0] == 2
+
+
+@pytest.mark.parametrize("level", ["repvgg", "full"])
+def test_a_fused_file_can_be_fused_again(cli, checkpoint, tmp_path, level):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert cli("fuse", "--ckpt", checkpoint, "--level", level, "--out", first)[0] == 0
+    assert cli("fuse", "--ckpt", first, "--level", level, "--out", second)[0] == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_fused_file_is_not_split_at_another_level(cli, checkpoint, tmp_path):
+    fused = tmp_path / "a.safetensors"
+    assert cli("fuse", "--ckpt", checkpoint, "--out", fused)[0] == 0
+    code, _, err = cli("split-streams", fused, "--level", "none", "--out", tmp_path / "b")
+    assert code == 2
+    assert "already fused at level full" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_result_is_not_written_over_its_source_or_another_result(cli, checkpoint, tmp_path):
+    mine = tmp_path / "mine.pth.tar"
+    shutil.copy(checkpoint, mine)
+    before = mine.read_bytes()
+    assert cli("fuse", "--ckpt", mine, "--out", mine)[0] == 2
+    assert cli("fuse", "--ckpt", mine, "--out", tmp_path / "x", "--output", tmp_path / "x")[0] == 2
+    assert mine.read_bytes() == before
+    assert snapshot(tmp_path).keys() == {"mine.pth.tar"}
+
+
+def test_a_bad_place_for_the_json_is_found_before_anything_is_written(
+    cli, checkpoint, bundle, tmp_path
+):
+    nowhere = tmp_path / "nowhere" / "x.json"
+    before = snapshot(bundle)
+    fused = tmp_path / "w.safetensors"
+    assert cli("fuse", "--ckpt", checkpoint, "--out", fused, "--output", nowhere)[0] == 2
+    assert not fused.exists()
+    assert cli("split-streams", checkpoint, "--out", bundle, "--output", nowhere)[0] == 2
+    assert snapshot(bundle) == before
+
+
+def test_names_that_no_file_system_takes_are_one_message(cli, checkpoint, tmp_path):
+    endless = tmp_path / ("x" * 300)
+    for command in (
+        ("fuse", "--ckpt", endless),
+        ("fuse", "--ckpt", checkpoint, "--out", endless),
+        ("split-streams", checkpoint, "--out", endless),
+        ("inspect", endless),
+        ("models", "--output", endless),
+    ):
+        code, out, err = cli(*command)
+        assert code == 2, command
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_a_folder_with_another_programs_manifest_is_left_alone(cli, checkpoint, tmp_path):
+    manifest = tmp_path / "bundle.json"
+    manifest.write_text('{"name": "webpack"}')
+    code, _, err = cli("split-streams", checkpoint, "--out", tmp_path)
+    assert code == 2
+    assert "not ours" in err
+    assert snapshot(tmp_path) == {"bundle.json": b'{"name": "webpack"}'}
+
+
+def test_catalogue_names_take_any_case_and_separator(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("fuse", "--ckpt", "ParNet_CIFAR-1.3M", "--out", "x.safetensors")[0] == 0
+
+
+def test_seeds_out_of_range_are_usage_errors(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("fuse", "--ckpt", "parnet-s", "--seed", -1)[0] == 2
+    assert cli("fuse", "--ckpt", "parnet-s", "--seed", 10**20)[0] == 2
+
+
+def test_a_graph_with_a_scalar_input_is_a_source(cli, tmp_path):
+    helper = onnx.helper
+    floats = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"], name="scale")],
+        "scalar",
+        [
+            helper.make_tensor_value_info("x", floats, [2, 3]),
+            helper.make_tensor_value_info("factor", floats, []),
+        ],
+        [helper.make_tensor_value_info("y", floats, [2, 3])],
+    )
+    source = tmp_path / "scalar.onnx"
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), source)
+    assert cli("split-streams", source)[0] == 0

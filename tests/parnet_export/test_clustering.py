@@ -82,6 +82,16 @@ def test_a_pooled_input_that_two_blocks_share_stays_with_its_producer():
     assert clusters_of(work) == [[0, 1], [2, 3, 4], [5, 6, 7], [8]]
 
 
+def test_streams_keep_their_own_part_of_a_distributed_fusion():
+    # Each stream, 0 and 1, ends with a convolution (2, 4) and a gate (3, 5) of its own output;
+    # 6 adds the maps, 7 the gates, 8 multiplies, 9 is the tail.
+    edges = {0: [INPUT], 1: [INPUT], 2: [0], 3: [0], 4: [1], 5: [1]}
+    edges |= {6: [2, 4], 7: [3, 5], 8: [6, 7], 9: [8]}
+    sizes = {0: 2000 * KB, 1: 2000 * KB, 2: 1000 * KB, 4: 1000 * KB}
+    work = graph([3000, 3000, 150, 25, 150, 25, 10, 5, 10, 1000], edges, sizes)
+    assert clusters_of(work) == [[0, 2, 3], [1, 4, 5], [6, 7, 8, 9]]
+
+
 def test_the_branches_of_a_wheatstone_bridge_stay_apart():
     edges = {0: [INPUT], 1: [0], 2: [0], 3: [1], 4: [1, 2], 5: [3, 4]}
     assert clusters_of(graph([400] * 6, edges)) == [[0], [1], [2], [3], [4], [5]]
@@ -331,6 +341,17 @@ def test_the_cluster_graph_stays_consistent_while_clusters_merge(work, choices: 
             readers = {owner[consumer] for consumer in tensor.consumers} - {own}
             assert clusters.readers[index] == readers
             assert {c for c in alive if index in clusters.reads[c]} == readers
+            for reader in readers if own is not None else ():
+                assert own in clusters.predecessors[reader]
+                assert reader in clusters.successors[own]
+        finish: dict[int, float] = {}
+        for c in sorted(alive, key=lambda c: -len(below[c])):
+            before = clusters.ancestors[c] & clusters.alive
+            start = max((finish[d] for d in bits(before)), default=0.0)
+            assert clusters.heaviest_chain_us(before, math.inf) == pytest.approx(start)
+            finish[c] = start + clusters.time_us[c]
+        if choices.random() < 0.5:
+            clusters.forget_merged()
         mergeable = [
             (u, v)
             for u, v in itertools.combinations(alive, 2)

@@ -206,3 +206,12 @@ def test_a_fused_network_is_not_fused_back():
 def test_a_module_of_no_family_is_refused():
     with pytest.raises(ValueError, match="Linear"):
         fuse(torch.nn.Linear(2, 2), "full")
+
+
+def test_a_classifier_of_zeros_is_still_proven():
+    network = load_network("parnet-cifar-1.3m")
+    network.module.head.fc.weight.data.zero_()
+    network.module.head.fc.bias.data.zero_()
+    proof = prove_fusion(network, fuse_network(network, "full"))
+    assert proof.holds
+    assert proof.float64_error == 0

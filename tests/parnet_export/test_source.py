@@ -98,7 +98,7 @@ def test_random_weights_depend_on_the_seed_alone_and_are_labelled():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("parnet-q", "parnet-s"), ("resnet-50", "resnet50"), ("ParNet-L", "parnet-l")],
+    [("parnet-q", "parnet-s"), ("resnet-55", "resnet50"), ("ParNet-LX", "parnet-xl")],
 )
 def test_an_unknown_name_offers_the_nearest_ones(name, near):
     with pytest.raises(InputError, match=f"Did you mean .*{near}"):

@@ -12,6 +12,7 @@ import pytest
 
 from parnet_export.cost import graph_cost
 from parnet_export.errors import InputError
+from parnet_export.segment_names import name_segments
 from parnet_export.split import SplitOptions, split_model
 from parnet_export.work_graph import DeviceModel
 
@@ -157,15 +158,16 @@ def test_the_stream_graph_describes_the_segments(split: Split):
     assert [t.name for t in split.stream_graph.outputs] == ["joined"]
 
 
-def test_notes_name_the_longest_chain(split: Split):
-    (note,) = split.notes
-    assert note.startswith("4 segments: the longest chain, stem -> stream")
+def test_a_split_that_leaves_no_branch_inside_has_nothing_to_note(split: Split):
+    assert split.notes == ()
 
 
 def test_by_default_what_gains_less_than_a_crossing_costs_stays_together(source: ir.Model):
     split = split_model(source)
     assert list(split.segments) == ["trunk"]
-    assert "no parallel branch is worth a segment of its own" in split.notes[0]
+    (note,) = split.notes
+    assert note.startswith("no parallel branch is worth a segment of its own")
+    assert note.endswith("too little for what another lane costs")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -192,6 +194,32 @@ def test_opsets_that_a_segment_does_not_use_are_not_imported():
         {"": 18, "com.microsoft": 1},
         {"": 18},
     ]
+
+
+# ------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("reads", "expected"),
+    [
+        ([()], ["trunk"]),
+        ([(), (0,)], ["stream", "head"]),
+        ([(), (0,), (0,), (1, 2)], ["stem", "stream1", "stream2", "head"]),
+        ([(), (0,), (1,), (1,), (2, 3)], ["stream1", "stream2", "stream3", "stream4", "head"]),
+        ([(), (), (0, 1), (0, 1), (2, 3)], ["stream1", "stream2", "fusion1", "fusion2", "head"]),
+        ([(), (0,), (0, 1), (2,)], ["stem", "stream", "fusion", "head"]),
+        ([(), ()], ["head1", "head2"]),
+    ],
+    ids=["alone", "chain", "diamond", "late fork", "exchange", "skip", "apart"],
+)
+def test_segments_are_named_by_their_place(reads: list[tuple[int, ...]], expected: list[str]):
+    names = name_segments([frozenset(before) for before in reads], range(len(reads)))
+    assert list(names) == expected
+
+
+def test_heads_are_numbered_like_the_outputs_they_provide():
+    names = name_segments([frozenset(), frozenset({0}), frozenset({0})], [-1, 5, 2])
+    assert names == ("stem", "head2", "head1")
 
 
 # -------------------------------------------------------------- edge cases
