@@ -71,8 +71,8 @@ def absorb_small_regions(
     for node, entry in enumerate(entries):
         inner = contraction.between(entry, node)
         work_us = sum(contraction.work_us[member] for member in inner)
-        left_out_us = contraction.left_out_us(entry, inner, options.negligible_us(work_us))
-        if len(inner) > 1 and left_out_us <= options.negligible_us(work_us):
+        limit_us = options.negligible_us(work_us)
+        if len(inner) > 1 and contraction.left_out_us(entry, inner, limit_us) <= limit_us:
             gain_us = contraction.finish_us(inner) - contraction.finish_us([node])
             small = gain_us <= options.small_gain_us(work_us, graph.total_us)
             if gain_us > 0:

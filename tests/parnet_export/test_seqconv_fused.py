@@ -93,7 +93,7 @@ def structures(draw):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(config=structures(), seed=st.integers(0, 1000), height=st.integers(1, 12))
 def test_any_structure_fuses_exactly(config, seed, height):
     net = _random_network(config, seed=seed)
@@ -248,7 +248,7 @@ def test_the_proof_of_a_fusion_holds_and_fails_for_a_wrong_one():
     for level in LEVELS:
         assert prove_fusion(network, fuse_network(network, level)).holds
     wrong = fuse_network(network, "full")
-    wrong.module.stages[1][0].second.shortcut_scale[3] *= 1.5
+    wrong.module.stages[1][0].second.shortcut_scale *= 1.01
     assert not prove_fusion(network, wrong).holds
 
 
