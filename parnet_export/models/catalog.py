@@ -34,9 +34,14 @@ CATALOG: dict[str, tuple[Family, Entry]] = {
 
 
 def find_name(name: str) -> str | None:
-    """Return the catalogue's spelling of a name; case, hyphens and underscores do not matter."""
+    """Return the catalogue's spelling of a name; case and separators do not matter.
+
+    A name with a slash is a path, and no name.
+    """
+    if "/" in name:
+        return None
     return {_plain(known): known for known in CATALOG}.get(_plain(name))
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("-", "").replace("_", "")
+    return "".join(filter(str.isalnum, name.casefold()))
