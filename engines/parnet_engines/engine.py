@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,14 +26,14 @@ class Engine(Protocol):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `run` takes."""
+        """The tensors that the engine reads."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `run` returns."""
+        """The tensors that the engine produces."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Compute all outputs, and return when they are complete.
+        """Compute all outputs into new memory, and return when they are complete.
 
         Parameters
         ----------
@@ -51,6 +51,26 @@ class Engine(Protocol):
         Several threads may call this at the same time.
         """
 
+    def bind(
+        self, inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
+    ) -> Callable[[], None]:
+        """Fix the memory that the engine works on, and return what then runs it.
+
+        Parameters
+        ----------
+        inputs, outputs
+            C-contiguous arrays in the order of the properties `inputs` and `outputs`,
+            of their types and with all dimensions known. They stay where they are; the
+            engine keeps them alive, and writes nothing but `outputs`.
+
+        Returns
+        -------
+        Callable
+            Computes the outputs from what the inputs hold when it is called, and returns
+            when they are complete. It allocates no arrays, and other Python threads run
+            meanwhile. Several bindings may run at the same time, each one in one thread.
+        """
+
     def close(self) -> None:
         """Release threads and memory. Closing twice does no harm; running afterwards does."""
 
@@ -63,7 +83,7 @@ class NullEngine:
     segment
         The segment whose interface it has.
     sizes
-        Sizes of symbolic dimensions in its outputs, 1 where not given.
+        Sizes of symbolic dimensions in what `run` returns, 1 where not given.
     """
 
     def __init__(self, segment: Segment, sizes: Mapping[str, int] | None = None) -> None:
@@ -79,17 +99,29 @@ class NullEngine:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `run` takes."""
+        """The tensors that the engine would read."""
         return self._segment.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `run` returns."""
+        """The tensors that the engine would produce."""
         return self._segment.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:  # noqa: ARG002 - the protocol's signature
         """Return zeros, the same arrays every time."""
         return self._zeros
 
+    def bind(
+        self,
+        inputs: Sequence[NDArray[Any]],  # noqa: ARG002 - the protocol's signature
+        outputs: Sequence[NDArray[Any]],  # noqa: ARG002
+    ) -> Callable[[], None]:
+        """Return what does nothing; the outputs stay as they are."""
+        return _do_nothing
+
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,28 +1,32 @@
-"""A loaded bundle, ready to run.
-
-The session hands a segment to a worker thread as soon as everything it reads from
-is there, so that independent segments run at the same time.
-"""
+"""A loaded network, ready to run: a checked program with its engines, lanes and memory."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import weakref
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from parnet_engines.ort import OrtEngine
-from parnet_export.antichain import heaviest_antichain
+from parnet_engines.buffers import find_shapes
+from parnet_engines.check import CheckedProgram
+from parnet_engines.clock import MonotonicClock
+from parnet_engines.devices import can_pin
+from parnet_engines.host import Host
+from parnet_engines.ort import Spin, load_engines
+from parnet_engines.plan_option import choose_program
+from parnet_engines.program import Run
+from parnet_engines.recording import Recording, Span
+from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 from parnet_export.bundle import Bundle, open_bundle
-from parnet_export.errors import InputError, ParnetError
-from parnet_export.stream_graph import Segment, StreamGraph
+from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -30,61 +34,82 @@ if TYPE_CHECKING:
     from parnet_engines.engine import Engine
     from parnet_export.stream_graph import TensorSpec
 
-    Tensors = dict[str, NDArray[Any]]
+__all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
 
-Plan = Literal["streams", "whole"]
-"""``"streams"``: segments run concurrently. ``"whole"``: the whole graph runs as one engine."""
+Plan = Literal["auto", "whole", "streams", "authors"]
+"""How `Session.open` places a network on lanes, besides a file that says it."""
 
-
-class SegmentFailedError(ParnetError):
-    """A segment's engine raised an error, which is this error's cause.
-
-    Parameters
-    ----------
-    segment
-        Name of the segment.
-    cause
-        What its engine raised.
-    """
-
-    def __init__(self, segment: str, cause: BaseException) -> None:
-        self.segment = segment
-        super().__init__(f"segment {segment!r} failed: {type(cause).__name__}: {cause}")
+_KEPT_SHAPES = 4
+"""How many combinations of input shapes keep their memory and threads, per slot."""
 
 
 class Session:
-    """Runs the segments of one network; several threads may share it.
+    """Runs a checked program; several threads may share it.
 
-    `Session.open` makes one from a bundle. The constructor takes any engines.
+    `Session.open` makes one from a bundle. The constructor takes any program and engines.
 
     Parameters
     ----------
-    stream_graph
-        Who feeds whom.
+    program
+        What to run, proven free of races and deadlocks. As many calls of `run` are under
+        way at once as it has inferences in flight; further calls wait their turn.
     engines
-        An engine for each segment. The session owns them: `close` closes them.
-    lanes
-        Worker threads for segments that run at the same time, shared by all calls of
-        `run`. A segment that runs by itself runs in the calling thread.
+        An engine for each segment and lane that runs it. The session owns them: `close`
+        closes them.
+    pin
+        Whether the threads of the lanes are pinned to their cores, where the system can.
+        The origin lane runs in the thread that calls `run`, which is pinned meanwhile.
+    timeout_s
+        Time limit of an inference in seconds. It costs two more hand-overs between
+        threads for each inference.
+    record
+        Whether to note when each step begins and ends, for `take_recording`.
 
     Raises
     ------
+    TypeError
+        When the program is not a `CheckedProgram`.
     ValueError
-        When a segment has no engine, or there is no lane.
+        When a segment has no engine.
+    InputError
+        When the time limit is not positive.
     """
 
     def __init__(
-        self, stream_graph: StreamGraph, engines: Mapping[str, Engine], *, lanes: int
+        self,
+        program: CheckedProgram,
+        engines: Mapping[tuple[str, str], Engine],
+        *,
+        pin: bool = True,
+        timeout_s: float | None = None,
+        record: bool = False,
     ) -> None:
-        missing = [s.name for s in stream_graph.segments if s.name not in engines]
-        if missing or lanes < 1:
-            raise ValueError(f"no engine for {missing}" if missing else "no lane")
-        self._graph = stream_graph
+        if not isinstance(program, CheckedProgram):
+            raise TypeError("a session runs a CheckedProgram; parnet_engines.check makes one")
+        runs = [step for step in program.program.steps if isinstance(step, Run)]
+        missing = [step.segment for step in runs if (step.segment, step.lane) not in engines]
+        if missing:
+            raise ValueError(f"no engine for {missing}")
+        if timeout_s is not None and not timeout_s > 0:
+            raise InputError(
+                f"time limit {timeout_s}", "is not positive", "Use seconds, or none for no limit"
+            )
+        self._checked_program = program
         self._engines = dict(engines)
-        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="parnet-lane")
-        self._state = threading.Condition()
-        self._running = 0
+        self._pin = pin and can_pin()
+        self._timeout_s = timeout_s
+        self._clock = MonotonicClock() if record else None
+        buffers = program.program.buffers_by_name
+        self._inputs = tuple(buffers[name].tensor for name in program.program.inputs)
+        self._outputs = tuple(buffers[name].tensor for name in program.program.outputs)
+        self._slots = tuple(_Slot() for _ in range(program.program.inferences_in_flight))
+        self._numbers = itertools.count()
+        self._spans: list[Span] = []
+        self._recording = threading.Lock()
+        self._hung: SegmentHungError | None = None
         self._closed = False
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _give_up, self._slots)
 
     @classmethod
     def open(
@@ -92,8 +117,11 @@ class Session:
         bundle: Bundle | Path | str,
         devices: str = "cpu",
         *,
-        plan: Plan = "streams",
+        plan: Plan | Path = "streams",
+        lanes: int | None = None,
         threads: int | None = None,
+        record: bool = False,
+        timeout_s: float | None = None,
     ) -> Self:
         """Load a bundle.
 
@@ -102,59 +130,88 @@ class Session:
         bundle
             A bundle, or the path of one.
         devices
-            Where to run: ``"cpu"``.
+            Where to run: ``"cpu"``, or CPU cores as `parse_devices` reads them.
         plan
-            Whether to run the segments concurrently or the whole graph as one engine.
+            ``"whole"``: the whole graph runs as one engine on the first device.
+            ``"streams"``: segments run concurrently, placed by what is known of their
+            costs. ``"authors"``: the layout of ParNet's authors, a stream on each of
+            three devices. ``"auto"``: what measuring here found to be quickest; see
+            `parnet_engines.auto_plan`. A path: the program in that file.
+        lanes
+            How many segments may run at the same time; by default as many as can.
         threads
-            CPU threads in all; by default one for each processor that this process may
-            use. Segments that run at the same time share them evenly.
+            CPU threads in all, no more than there are cores; by default one for each core
+            of the devices.
+        record
+            Whether to note when each step begins and ends, for `take_recording`.
+        timeout_s
+            Time limit of an inference in seconds.
 
         Raises
         ------
         InputError
-            When the bundle, the devices, the plan or the threads cannot be used.
+            When the bundle, the devices, the plan or the numbers cannot be used.
+        CheckFailedError
+            When the program in a file is not one of this bundle.
         MissingBackendError
             When ONNX Runtime is not installed.
         """
-        if devices != "cpu":
-            raise InputError(
-                f"devices {devices!r}", "this version runs on the CPU only", "Use 'cpu'"
-            )
-        if plan not in {"streams", "whole"}:
-            raise InputError(f"plan {plan!r}", "is unknown", "Use 'streams' or 'whole'")
-        if threads is not None and threads < 1:
-            raise InputError(f"threads {threads}", "is less than one", "Use at least one thread")
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
-        graph = bundle.stream_graph
-        paths = {segment.name: bundle.segment_path(segment.name) for segment in graph.segments}
-        if plan == "whole":
-            whole = Segment("whole", graph.inputs, graph.outputs, bundle.manifest.whole_cost)
-            graph = StreamGraph(graph.inputs, graph.outputs, (whole,))
-            paths = {whole.name: bundle.whole_path}
-        available = threads or _usable_processors()
-        width = len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
-        lanes = max(1, min(width, available))
-        alone = _segments_without_company(graph)
-        engines = {
-            segment.name: OrtEngine(
-                segment,
-                paths[segment.name],
-                threads=available if segment.name in alone else available // lanes,
-            )
-            for segment in graph.segments
-        }
-        return cls(graph, engines, lanes=lanes)
+        program = choose_program(bundle, devices, plan, lanes=lanes, threads=threads)
+        return cls.load(bundle, program, record=record, timeout_s=timeout_s)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        program: CheckedProgram,
+        *,
+        record: bool = False,
+        timeout_s: float | None = None,
+    ) -> Self:
+        """Load what a program needs of a bundle.
+
+        A program of a single lane on the device ``"cpu"`` has the whole machine: its
+        threads are not pinned, and look for work even between inferences for a while.
+
+        Parameters
+        ----------
+        bundle
+            The bundle.
+        program
+            A program that runs its segments or its whole graph.
+        record, timeout_s
+            As for the session itself.
+
+        Raises
+        ------
+        InputError
+            When ONNX Runtime cannot load a file of the bundle.
+        MissingBackendError
+            When ONNX Runtime is not installed.
+        """
+        used = program.program.lanes
+        alone = len(used) == 1
+        pin = can_pin() and not (alone and used[0].device == "cpu")
+        spin: Spin = "always" if alone else "in_runs"
+        engines = load_engines(bundle, program.program, pin=pin, spin=spin)
+        return cls(program, engines, pin=pin, record=record, timeout_s=timeout_s)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that `run` takes."""
-        return self._graph.inputs
+        return self._inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that `run` returns."""
-        return self._graph.outputs
+        return self._outputs
+
+    @property
+    def program(self) -> CheckedProgram:
+        """What the session runs."""
+        return self._checked_program
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the network once.
@@ -163,89 +220,85 @@ class Session:
         ----------
         inputs
             An array for each network input, of exactly its type and shape. A symbolic
-            dimension takes any size, the same one in all inputs. Do not change the
-            arrays before the call returns.
+            dimension takes any size, the same one in all inputs. Each shape that is new
+            to the session costs time for memory of its own.
 
         Returns
         -------
         dict
-            An array for each network output. Read them only: they may be shared with
-            the inputs, or with other outputs.
+            A new array for each network output, which belongs to the caller: it shares
+            memory with nothing else. Nothing besides them is allocated.
 
         Raises
         ------
         InputError
-            When an input is missing, unknown, or of another type or shape.
+            When an input is missing, unknown, or of another type or shape; or when this
+            process was forked from the one that opened the session.
         SegmentFailedError
             When an engine fails. Segments that have not started are not run, and those
             under way end before the error is raised; the session stays usable.
+        SegmentHungError
+            When the inference takes longer than the time limit, or an earlier one did.
         ValueError
             When the session is closed.
         """
-        tensors = _checked(self.inputs, inputs)
-        with self._state:
+        if os.getpid() != self._process:
+            raise InputError(
+                "session",
+                "was opened before this process was forked, and its threads are not here",
+                "Open a session in each process, after the fork",
+            )
+        arrays = _checked(self._inputs, inputs)
+        number = next(self._numbers)
+        slot = self._slots[number % len(self._slots)]
+        with slot.lock:
             if self._closed:
                 raise ValueError("the session is closed")
-            self._running += 1
-        try:
-            self._run_segments(tensors)
-        finally:
-            with self._state:
-                self._running -= 1
-                self._state.notify_all()
-        return {spec.name: tensors[spec.name] for spec in self.outputs}
+            if self._hung is not None:
+                raise SegmentHungError(self._hung.segments, self._hung.timeout_s)
+            host = self._host(slot, arrays)
+            for buffer, array in zip(host.inputs, arrays, strict=True):
+                np.copyto(buffer, array)
+            try:
+                spans = host.run(number)
+            except SegmentHungError as error:
+                self._hung = error
+                raise
+            if spans:
+                with self._recording:
+                    self._spans += spans
+            named = zip(self._outputs, host.outputs, strict=True)
+            return {spec.name: buffer.copy() for spec, buffer in named}
 
-    def _run_segments(self, tensors: Tensors) -> None:
-        """Run every segment once and add what it produces to `tensors`.
+    def take_recording(self) -> Recording:
+        """Return what was recorded since the last call, and forget it.
 
-        Only the calling thread touches `tensors`, and every segment gets a copy of the
-        dictionary's entries that it reads, so nothing here needs a lock.
+        Without `record` it is empty. Inferences that failed leave nothing in it.
         """
-        missing = {name: len(before) for name, before in self._graph.predecessors.items()}
-        ready = deque(name for name, count in missing.items() if count == 0)
-        under_way: dict[Future[Tensors], str] = {}
-        try:
-            while ready or under_way:
-                if len(ready) == 1 and not under_way:
-                    # Nothing can run beside it: spare it the way to another thread and back.
-                    name = ready.popleft()
-                    finished = {name: self._run_segment(name, tensors)}
-                else:
-                    while ready:
-                        name = ready.popleft()
-                        future = self._pool.submit(self._run_segment, name, dict(tensors))
-                        under_way[future] = name
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                    finished = {under_way.pop(future): future.result() for future in done}
-                for name, produced in finished.items():
-                    tensors.update(produced)
-                    for successor in self._graph.successors[name]:
-                        missing[successor] -= 1
-                        if missing[successor] == 0:
-                            ready.append(successor)
-        finally:
-            # After an error, and after Ctrl-C: nobody reads these any more.
-            for future in under_way:
-                future.cancel()
-            wait(under_way)
-
-    def _run_segment(self, name: str, tensors: Tensors) -> Tensors:
-        try:
-            return self._engines[name].run(tensors)
-        except Exception as error:
-            raise SegmentFailedError(name, error) from error
+        with self._recording:
+            spans, self._spans = self._spans, []
+        return Recording(self._checked_program.program.lanes, tuple(spans))
 
     def close(self) -> None:
-        """Wait for calls of `run` under way, then release threads and engines.
+        """Wait for calls of `run` under way, then release threads, engines and memory.
 
-        Closing twice does no harm.
+        Neither waits for a segment that hangs nor closes its engine. Closing twice does no
+        harm; in a forked process it does nothing.
         """
-        with self._state:
-            self._closed = True
-            self._state.wait_for(lambda: self._running == 0)
-        self._pool.shutdown()
-        for engine in self._engines.values():
-            engine.close()
+        if os.getpid() != self._process:
+            return
+        self._closed = True
+        running: set[str] = set()
+        for slot in self._slots:
+            with slot.lock:
+                for host in slot.hosts.values():
+                    host.close()
+                    running.update(host.running)
+                slot.hosts.clear()
+        engines, self._engines = self._engines, {}
+        for (segment, _), engine in engines.items():
+            if segment not in running:
+                engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -258,18 +311,55 @@ class Session:
     ) -> None:
         self.close()
 
+    def _host(self, slot: _Slot, arrays: Sequence[NDArray[Any]]) -> Host:
+        """Return the slot's host for the shapes of the inputs, the last used ones kept."""
+        shapes = tuple(array.shape for array in arrays)
+        host = slot.hosts.get(shapes)
+        if host is None:
+            if len(slot.hosts) == _KEPT_SHAPES:
+                oldest = next(iter(slot.hosts))
+                slot.hosts[oldest].close()
+                del slot.hosts[oldest]
+            program = self._checked_program
+            host = slot.hosts[shapes] = Host(
+                program,
+                self._engines,
+                find_shapes(program.program, self._engines, arrays),
+                pin=self._pin,
+                timeout_s=self._timeout_s,
+                clock=self._clock,
+            )
+        slot.hosts.move_to_end(shapes)
+        return host
 
-def _checked(specs: tuple[TensorSpec, ...], inputs: Mapping[str, NDArray[Any]]) -> Tensors:
-    """Return the inputs as arrays, or say which one is not what the network takes."""
-    takes = f"The network takes {', '.join(_describe(s.name, s.dtype, s.shape) for s in specs)}"
-    unknown = sorted(set(inputs) - {spec.name for spec in specs})
-    if unknown:
-        raise InputError(f"input {unknown[0]!r}", "is not an input of the network", takes)
+
+class _Slot:
+    """What one inference in flight has to itself."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.hosts: OrderedDict[tuple[tuple[int, ...], ...], Host] = OrderedDict()
+
+
+def _give_up(slots: Sequence[_Slot]) -> None:
+    """Let the threads of a session end that nobody has closed and nobody has any more."""
+    for slot in slots:
+        for host in slot.hosts.values():
+            host.give_up()
+
+
+def _checked(
+    specs: tuple[TensorSpec, ...], inputs: Mapping[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Return the inputs in order, or say which one is not what the network takes."""
+    names = {spec.name for spec in specs}
+    if inputs.keys() != names:
+        unknown, missing = sorted(set(inputs) - names), sorted(names - set(inputs))
+        problem = "is not an input of the network" if unknown else "is missing"
+        raise InputError(f"input {(unknown or missing)[0]!r}", problem, _takes(specs))
     sizes: dict[str, int] = {}
-    tensors = {}
+    arrays = []
     for spec in specs:
-        if spec.name not in inputs:
-            raise InputError(f"input {spec.name!r}", "is missing", takes)
         array = np.asarray(inputs[spec.name])
         # Runtimes read the bytes as they are, so the byte order matters as well.
         fits = array.dtype.name == spec.dtype and array.dtype.isnative
@@ -280,29 +370,15 @@ def _checked(specs: tuple[TensorSpec, ...], inputs: Mapping[str, NDArray[Any]]) 
         if not fits:
             given = _describe("", array.dtype.newbyteorder("=").name, array.shape)
             given += "" if array.dtype.isnative else " in the other byte order"
-            raise InputError(f"input {spec.name!r}", f"was given as{given}", takes)
-        tensors[spec.name] = array
-    return tensors
+            raise InputError(f"input {spec.name!r}", f"was given as{given}", _takes(specs))
+        arrays.append(array)
+    return arrays
+
+
+def _takes(specs: Sequence[TensorSpec]) -> str:
+    tensors = (_describe(spec.name, spec.dtype, spec.shape) for spec in specs)
+    return f"The network takes {', '.join(tensors)}"
 
 
 def _describe(name: str, dtype: str, shape: tuple[int | str, ...]) -> str:
     return f"{name} {dtype} [{', '.join(map(str, shape))}]"
-
-
-def _usable_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _segments_without_company(graph: StreamGraph) -> set[str]:
-    """Return the segments that no other one can run beside: all are before or after them."""
-    before: dict[str, set[str]] = {}
-    for segment in graph.segments:
-        direct = graph.predecessors[segment.name]
-        before[segment.name] = set(direct).union(*(before[name] for name in direct))
-    related = {name: set(ancestors) for name, ancestors in before.items()}
-    for name, ancestors in before.items():
-        for ancestor in ancestors:
-            related[ancestor].add(name)
-    return {name for name, others in related.items() if len(others) == len(before) - 1}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import itertools
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -15,10 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from parnet_engines.check import checked
 from parnet_engines.engine import NullEngine
-from parnet_engines.session import SegmentFailedError, Session
+from parnet_engines.lowering import lower
+from parnet_engines.placement import Assignment, Lane, Placement
+from parnet_engines.program import encode
+from parnet_engines.session import SegmentFailedError, SegmentHungError, Session
 from parnet_export.bundle import Bundle, Provenance
-from parnet_export.errors import InputError, MissingBackendError
+from parnet_export.errors import CheckFailedError, InputError, MissingBackendError
 from parnet_export.pack import write_bundle
 from parnet_export.split import SplitOptions, split_model
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
@@ -53,6 +60,9 @@ FORK = graph_of(
 )
 
 
+FORK_ORDER = [segment.name for segment in FORK.segments]
+
+
 class FakeEngine(NullEngine):
     """Computes `function` of what the segment reads, in the segment's order."""
 
@@ -62,10 +72,12 @@ class FakeEngine(NullEngine):
         self.runs = 0
         self.closed = 0
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        self.runs += 1
-        values = [inputs[spec.name] for spec in self.inputs]
-        return {self.name: self.function(*values)}
+    def bind(self, inputs, outputs):
+        def run() -> None:
+            self.runs += 1
+            outputs[0][...] = self.function(*inputs)
+
+        return run
 
     def close(self) -> None:
         self.closed += 1
@@ -84,6 +96,26 @@ def fakes(graph: StreamGraph, **functions: Callable[..., NDArray[Any]]) -> dict[
         segment.name: FakeEngine(segment, functions.get(segment.name, weighted_sum))
         for segment in graph.segments
     }
+
+
+def session_of(
+    graph: StreamGraph,
+    engines: Mapping[str, FakeEngine],
+    *,
+    lanes: int,
+    on: Mapping[str, int] | None = None,
+    in_flight: int = 1,
+    **options: Any,
+) -> Session:
+    """Make a session with segments on `lanes` in turn, or `on` the lanes that are given."""
+    places = on or {segment.name: i % lanes for i, segment in enumerate(graph.segments)}
+    placement = Placement(
+        tuple(Lane(f"lane{i}", "cpu") for i in range(lanes)),
+        tuple(Assignment(s.name, f"lane{places[s.name]}") for s in graph.segments),
+    )
+    program = checked(lower(graph, placement, in_flight), graph)
+    placed = {(name, f"lane{places[name]}"): engine for name, engine in engines.items()}
+    return Session(program, placed, **options)
 
 
 def image(rows: int = 1, seed: int = 0) -> NDArray[np.float32]:
@@ -109,13 +141,13 @@ def graphs_with_delays(draw):
         reads = [f"s{other}" for other in range(index) if draw(st.booleans())]
         edges[f"s{index}"] = reads or ["x"]
     delays_ms = {name: draw(st.sampled_from([0.0, 0.0, 0.5, 1.5])) for name in edges}
-    return edges, delays_ms, draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    return edges, delays_ms, *(draw(st.integers(1, most)) for most in (4, 3, 3))
 
 
 @settings(deadline=None, max_examples=150)
 @given(graphs_with_delays())
 def test_the_result_is_that_of_running_the_segments_one_after_another(drawn):
-    edges, delays_ms, lanes, callers = drawn
+    edges, delays_ms, lanes, callers, in_flight = drawn
     graph = graph_of(edges, list(edges))
 
     def delayed(name: str) -> Callable[..., NDArray[Any]]:
@@ -125,7 +157,8 @@ def test_the_result_is_that_of_running_the_segments_one_after_another(drawn):
 
         return function
 
-    with Session(graph, fakes(graph, **{n: delayed(n) for n in edges}), lanes=lanes) as session:
+    engines = fakes(graph, **{n: delayed(n) for n in edges})
+    with session_of(graph, engines, lanes=lanes, in_flight=in_flight) as session:
         inputs = [image(rows, seed=rows) for rows in range(1, callers + 1)]
         with ThreadPoolExecutor(callers) as pool:
             results = list(pool.map(lambda x: session.run({"x": x}), inputs))
@@ -145,7 +178,7 @@ def test_independent_segments_run_at_the_same_time():
         both_are_running.wait(timeout=10)
         return value
 
-    with Session(FORK, fakes(FORK, left=meet, right=meet), lanes=2) as session:
+    with session_of(FORK, fakes(FORK, left=meet, right=meet), lanes=2) as session:
         session.run({"x": image()})
 
 
@@ -161,14 +194,15 @@ def test_a_segment_starts_as_soon_as_its_own_inputs_are_there():
         b_has_run.set()
         return value
 
-    with Session(graph, fakes(graph, slow=wait_for_b, b=b), lanes=2) as session:
+    on = {"slow": 0, "a": 1, "b": 1, "end": 0}
+    with session_of(graph, fakes(graph, slow=wait_for_b, b=b), lanes=2, on=on) as session:
         session.run({"x": image()})
 
 
 def test_a_network_output_may_be_an_inner_tensor_or_an_input():
     graph = graph_of({"a": ["x"], "b": ["a"]}, ["b", "a", "x"])
     x = image()
-    with Session(graph, fakes(graph), lanes=1) as session:
+    with session_of(graph, fakes(graph), lanes=1) as session:
         outputs = session.run({"x": x})
     assert list(outputs) == ["b", "a", "x"]
     np.testing.assert_array_equal(outputs["a"], weighted_sum(x))
@@ -184,7 +218,7 @@ def fail(*_: object) -> NDArray[Any]:
 @pytest.mark.parametrize("name", ["stem", "left", "head"])
 def test_an_error_in_a_segment_reaches_the_caller_with_its_name(name):
     engines = fakes(FORK, **{name: fail})
-    with Session(FORK, engines, lanes=2) as session:
+    with session_of(FORK, engines, lanes=2) as session:
         with pytest.raises(
             SegmentFailedError, match=f"segment '{name}' failed: RuntimeError: out of luck"
         ) as caught:
@@ -196,15 +230,15 @@ def test_an_error_in_a_segment_reaches_the_caller_with_its_name(name):
 
 
 def test_after_an_error_nothing_more_starts_and_what_runs_ends_first():
-    left_has_failed = threading.Event()
+    right_runs = threading.Event()
     ended = []
 
     def fail_first(*_: object) -> NDArray[Any]:
-        left_has_failed.set()
+        assert right_runs.wait(timeout=10)
         raise RuntimeError("out of luck")
 
     def end_later(value: NDArray[Any]) -> NDArray[Any]:
-        left_has_failed.wait(timeout=10)
+        right_runs.set()
         time.sleep(0.02)
         ended.append("right")
         return value
@@ -214,7 +248,7 @@ def test_after_an_error_nothing_more_starts_and_what_runs_ends_first():
     )
     engines = fakes(graph, left=fail_first, right=end_later)
     engines["queued"].function = lambda value: time.sleep(0.1) or value
-    with Session(graph, engines, lanes=2) as session:
+    with session_of(graph, engines, lanes=2) as session:
         with pytest.raises(SegmentFailedError):
             session.run({"x": image()})
         assert ended == ["right"]
@@ -230,7 +264,7 @@ def test_an_error_of_one_caller_does_not_disturb_another():
             raise RuntimeError("three rows")
         return weighted_sum(value)
 
-    with Session(FORK, fakes(FORK, left=fail_on_three_rows), lanes=2) as session:
+    with session_of(FORK, fakes(FORK, left=fail_on_three_rows), lanes=2) as session:
 
         def outcome(rows: int) -> str:
             try:
@@ -256,7 +290,10 @@ def test_an_error_of_one_caller_does_not_disturb_another():
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_with_what_is_expected(inputs, message):
-    with Session(FORK, fakes(FORK), lanes=2) as session, pytest.raises(InputError, match=message):
+    with (
+        session_of(FORK, fakes(FORK), lanes=2) as session,
+        pytest.raises(InputError, match=message),
+    ):
         session.run(inputs)
 
 
@@ -266,17 +303,169 @@ def test_a_symbolic_dimension_has_one_size_in_all_inputs():
         (tensor("s"),),
         (Segment("s", (tensor("x"), tensor("y")), (tensor("s"),), NO_COST),),
     )
-    with Session(graph, fakes(graph), lanes=1) as session:
+    with session_of(graph, fakes(graph), lanes=1) as session:
         session.run({"x": image(3), "y": image(3)})
         with pytest.raises(InputError, match=r"input 'y': was given as float32 \[2, 2\]"):
             session.run({"x": image(3), "y": image(2)})
 
 
-def test_a_session_needs_an_engine_for_every_segment_and_a_lane():
+def test_a_session_needs_an_engine_for_every_segment():
     with pytest.raises(ValueError, match=r"no engine for \['head'\]"):
-        Session(FORK, {k: v for k, v in fakes(FORK).items() if k != "head"}, lanes=1)
-    with pytest.raises(ValueError, match="no lane"):
-        Session(FORK, fakes(FORK), lanes=0)
+        session_of(FORK, {k: v for k, v in fakes(FORK).items() if k != "head"}, lanes=1)
+
+
+def test_a_session_refuses_a_program_that_is_not_proven():
+    placement = Placement(
+        (Lane("lane0", "cpu"),), tuple(Assignment(s, "lane0") for s in FORK_ORDER)
+    )
+    engines = {(name, "lane0"): engine for name, engine in fakes(FORK).items()}
+    program = lower(FORK, placement)
+    with pytest.raises(TypeError, match="a session runs a CheckedProgram"):
+        Session(program, engines)
+    Session(checked(program), engines).close()
+
+
+@pytest.mark.parametrize("limit_s", [0, -1, float("nan")])
+def test_a_time_limit_is_positive(limit_s):
+    with pytest.raises(InputError, match=r"time limit .* is not positive"):
+        session_of(FORK, fakes(FORK), lanes=1, timeout_s=limit_s)
+
+
+# ------------------------------------------------------------------------- several at once
+
+
+def test_eight_threads_get_their_own_results():
+    def slow(value: NDArray[Any]) -> NDArray[Any]:
+        time.sleep(0.0005)
+        return weighted_sum(value)
+
+    for in_flight in (1, 3):
+        with (
+            session_of(FORK, fakes(FORK, left=slow), lanes=2, in_flight=in_flight) as session,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            inputs = [image(seed=seed) for seed in range(120)]
+            results = list(pool.map(lambda x: session.run({"x": x})["head"], inputs))
+        for x, result in zip(inputs, results, strict=True):
+            stem = weighted_sum(x)
+            expected = weighted_sum(weighted_sum(stem), weighted_sum(stem))
+            np.testing.assert_array_equal(result, expected)
+
+
+def test_as_many_inferences_are_under_way_as_the_program_has_in_flight():
+    meeting = threading.Barrier(3)
+
+    def meet(value: NDArray[Any]) -> NDArray[Any]:
+        meeting.wait(timeout=10)
+        return value
+
+    with (
+        session_of(FORK, fakes(FORK, right=meet), lanes=2, in_flight=3) as session,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        list(pool.map(lambda _: session.run({"x": image()}), range(6)))
+
+
+def test_outputs_belong_to_the_caller():
+    with session_of(FORK, fakes(FORK), lanes=2) as session:
+        first = session.run({"x": image(seed=1)})["head"]
+        kept = first.copy()
+        session.run({"x": image(seed=2)})
+        np.testing.assert_array_equal(first, kept)
+        first[...] = 0  # may be written to
+        assert session.run({"x": image(seed=1)})["head"].any()
+
+
+def test_inputs_may_change_after_the_call_and_need_not_be_contiguous():
+    with session_of(FORK, fakes(FORK), lanes=2) as session:
+        x = np.asfortranarray(image(3))
+        first = session.run({"x": x})["head"]
+        x[...] = 0
+        np.testing.assert_array_equal(session.run({"x": image(3)})["head"], first)
+
+
+def test_many_shapes_take_the_memory_and_threads_of_few():
+    with session_of(FORK, fakes(FORK), lanes=2) as session:
+        for rows in [*range(1, 20), 1, 19, 2]:
+            expected = weighted_sum(*[weighted_sum(weighted_sum(image(rows)))] * 2)
+            np.testing.assert_array_equal(session.run({"x": image(rows)})["head"], expected)
+        assert len(lane_threads()) <= 4
+    assert lane_threads() == []
+
+
+def test_a_session_that_hangs_says_so_to_everyone_and_closes():
+    let_go = threading.Event()
+
+    def hang(value: NDArray[Any]) -> NDArray[Any]:
+        let_go.wait()
+        return value
+
+    engines = fakes(FORK, right=hang)
+    session = session_of(FORK, engines, lanes=2, timeout_s=0.05, in_flight=2)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(session.run, {"x": image()}) for _ in range(8)]
+        errors = [call.exception(timeout=20) for call in calls]
+    assert {type(error) for error in errors} == {SegmentHungError}
+    assert all(str(error).startswith("segment 'right' had not ended") for error in errors)
+    session.close()
+    session.close()
+    assert {name: engine.closed for name, engine in engines.items()} == {
+        "stem": 1,
+        "left": 1,
+        "right": 0,  # it still runs
+        "head": 1,
+    }
+    let_go.set()
+
+
+def test_a_forked_process_is_told_to_open_its_own_session():
+    with session_of(FORK, fakes(FORK), lanes=2) as session:
+        session.run({"x": image()})
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                session.run({"x": image()})
+            except InputError as error:
+                session.close()
+                os.write(writing, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            message = pipe.read()
+        os.waitpid(child, 0)
+        assert message.startswith("session: was opened before this process was forked")
+        assert message.endswith("Open a session in each process, after the fork.")
+        session.run({"x": image()})  # the parent goes on
+
+
+def test_threads_of_a_session_that_nobody_has_any_more_end():
+    session = session_of(FORK, fakes(FORK), lanes=3)
+    session.run({"x": image()})
+    assert lane_threads()
+    del session
+    gc.collect()
+    deadline_s = time.monotonic() + 5
+    while lane_threads() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    assert lane_threads() == []
+
+
+def test_a_recording_holds_every_step_of_every_inference_once():
+    with session_of(FORK, fakes(FORK), lanes=2, in_flight=2, record=True) as session:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: session.run({"x": image()}), range(20)))
+        recording = session.take_recording()
+        steps = range(len(session.program.program.steps))
+        assert recording.lanes == session.program.program.lanes
+        assert sorted((span.inference, span.step) for span in recording.spans) == [
+            (inference, step) for inference in range(20) for step in steps
+        ]
+        assert session.take_recording().spans == ()
+    with session_of(FORK, fakes(FORK), lanes=2) as session:
+        session.run({"x": image()})
+        assert session.take_recording().spans == ()
 
 
 # --------------------------------------------------------------------------------- closing
@@ -284,7 +473,7 @@ def test_a_session_needs_an_engine_for_every_segment_and_a_lane():
 
 def test_closing_twice_closes_every_engine_and_leaves_no_thread():
     engines = fakes(FORK)
-    session = Session(FORK, engines, lanes=3)
+    session = session_of(FORK, engines, lanes=3)
     session.run({"x": image()})
     assert lane_threads()
     session.close()
@@ -303,24 +492,32 @@ def test_closing_waits_for_calls_under_way():
         assert go_on.wait(timeout=10)
         return value
 
-    engines = fakes(FORK, left=wait_for_permission)
-    session = Session(FORK, engines, lanes=2)
+    closed_before_the_end = []
+
+    def look(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+        time.sleep(0.02)
+        closed_before_the_end.append(engines["stem"].closed)
+        return left + right
+
+    engines = fakes(FORK, left=wait_for_permission, head=look)
+    session = session_of(FORK, engines, lanes=2)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(session.run, {"x": image()})
         assert under_way.wait(timeout=10)
         closing = pool.submit(session.close)
         time.sleep(0.02)
         assert not closing.done()
-        assert engines["stem"].closed == 0
         go_on.set()
         assert set(running.result(timeout=10)) == {"head"}
         closing.result(timeout=10)
+    assert closed_before_the_end == [0]
+    assert engines["stem"].closed == 1
     assert lane_threads() == []
 
 
 def test_an_error_in_the_with_block_closes_the_session():
     engines = fakes(FORK)
-    with pytest.raises(KeyError), Session(FORK, engines, lanes=2) as session:
+    with pytest.raises(KeyError), session_of(FORK, engines, lanes=2) as session:
         session.run({"x": image()})["no such output"]
     assert lane_threads() == []
     assert engines["stem"].closed == 1
@@ -328,8 +525,8 @@ def test_an_error_in_the_with_block_closes_the_session():
 
 def test_two_sessions_side_by_side_do_not_meet():
     with (
-        Session(FORK, fakes(FORK), lanes=2) as one,
-        Session(FORK, fakes(FORK, head=lambda a, b: a - b), lanes=2) as two,
+        session_of(FORK, fakes(FORK), lanes=2) as one,
+        session_of(FORK, fakes(FORK, head=lambda a, b: a - b), lanes=2) as two,
     ):
         x = image()
         first, second = one.run({"x": x})["head"], two.run({"x": x})["head"]
@@ -420,10 +617,15 @@ def test_a_closed_session_of_a_bundle_leaves_no_thread(bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": "0,1,2"}, "devices '0,1,2': this version runs on the CPU only. Use 'cpu'."),
-        ({"devices": ""}, "devices '': this version runs on the CPU only"),
-        ({"plan": "authors"}, "plan 'authors': is unknown. Use 'streams' or 'whole'."),
+        ({"devices": "0,1,2"}, "devices '0,1,2': this version runs on the CPU only. Use 'cpu', or"),
+        ({"devices": ""}, "devices '': it names no device"),
+        ({"plan": "best"}, "plan 'best': is unknown. Use auto, whole, streams, authors, or"),
         ({"threads": 0}, "threads 0: is less than one"),
+        ({"lanes": 99}, "lanes 99: every lane needs a core"),
+        ({"lanes": 0}, "lanes 0: "),
+        ({"plan": "whole", "lanes": 2}, "lanes 2: the whole graph runs on one lane"),
+        ({"plan": Path("no.json")}, "no.json: cannot be read (No such file or directory)"),
+        ({"timeout_s": 0}, "time limit 0: is not positive"),
     ],
 )
 def test_options_that_cannot_be_used_are_one_message_with_exit_code_two(bundle, options, message):
@@ -431,6 +633,74 @@ def test_options_that_cannot_be_used_are_one_message_with_exit_code_two(bundle, 
         Session.open(bundle, **options)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_program_from_a_file_is_run(bundle, tmp_path):
+    names = [segment.name for segment in bundle.stream_graph.segments]
+    lanes = (Lane("only", "cpu"),)
+    placement = Placement(lanes, tuple(Assignment(name, "only") for name in names))
+    path = tmp_path / "plan.json"
+    path.write_bytes(encode(lower(bundle.stream_graph, placement)))
+    with Session.open(bundle, plan=path) as session, Session.open(bundle, plan="whole") as whole:
+        assert session.program.program.lanes == lanes
+        found, wanted = (s.run({"image": photo(1)})["logits"] for s in (session, whole))
+        np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda _: "{", InputError, "is no valid program"),
+        (lambda text: text.replace('"cpu"', '"cuda:0"'), InputError, "uses cuda:0"),
+        (
+            lambda text: text.replace('"cores": []', '"cores": [4096]'),
+            InputError,
+            "uses core 4096, which this process cannot",
+        ),
+        (
+            lambda text: (
+                text.replace('"segment": "trunk"', '"segment": "other"', 1)
+                .replace('"segment": "stem"', '"segment": "other"', 1)
+                .replace('"segment": "head"', '"segment": "other"', 1)
+            ),
+            CheckFailedError,
+            "The program must not run: step 0",
+        ),
+    ],
+)
+def test_a_program_that_does_not_fit_is_refused_with_its_file(
+    bundle, tmp_path, change, error, message
+):
+    names = [segment.name for segment in bundle.stream_graph.segments]
+    placement = Placement((Lane("only", "cpu"),), tuple(Assignment(name, "only") for name in names))
+    path = tmp_path / "plan.json"
+    path.write_text(change(encode(lower(bundle.stream_graph, placement)).decode()))
+    with pytest.raises(error) as caught:
+        Session.open(bundle, plan=path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_a_forked_process_may_drop_the_session_of_its_parent(bundle):
+    # It leaves as multiprocessing does: ONNX Runtime hangs in sys.exit after any fork.
+    code = """if True:
+        import gc, os, sys, time, numpy as np
+        from parnet_engines.session import Session
+        session = Session.open(sys.argv[1], plan="whole")
+        session.run({"image": np.zeros((1, 3, 16, 16), np.float32)})
+        time.sleep(0.2)  # until the threads sleep, too
+        child = os.fork()
+        if child == 0:
+            session.close()
+            session = None
+            gc.collect()
+            os._exit(7)
+        _, status = os.waitpid(child, 0)
+        sys.exit(os.waitstatus_to_exitcode(status))
+    """
+    command = [sys.executable, "-c", code, str(bundle.path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stderr) == (7, "")
 
 
 def test_a_path_that_is_no_bundle_is_named(tmp_path):

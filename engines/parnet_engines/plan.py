@@ -1,0 +1,299 @@
+"""Plans: a placement of segments on lanes, with its predicted timeline and a lower bound."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from parnet_engines.cost_table import lane_threads
+from parnet_engines.evaluate import Objective, Prediction, predict
+from parnet_engines.layouts import lane_kind, place_authors, place_whole, whole_scenario
+from parnet_engines.placement import Assignment, Placement
+from parnet_engines.plan_exact import search_exactly
+from parnet_engines.plan_search import EFFORT, anneal, list_schedule, score
+from parnet_engines.scenario import PS_PER_MS, Instance, Scenario
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from parnet_engines.placement import Lane
+    from parnet_engines.scenario import Step
+
+PlanKind = Literal["whole", "streams", "authors", "file"]
+
+EXACT_SEGMENTS = 8
+"""Stream graphs of up to so many segments are planned with proof."""
+
+_EXACT_SHARE = 5
+"""How much less effort goes into a placement that an exact search will start from."""
+
+MAX_NODES = 100_000
+"""Partial placements after which a proof is given up, so that planning takes seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A placement, and what it is predicted to take.
+
+    Parameters
+    ----------
+    kind
+        ``"whole"``: the whole network as one segment (`parnet_engines.layouts.whole_graph`)
+        on one lane. ``"streams"``: segments placed by search. ``"authors"``: the paper's
+        layout. ``"file"``: a placement somebody wrote down.
+    placement
+        Which lane runs what, in issue order.
+    prediction
+        The timeline, with its critical path.
+    objective
+        What was made small.
+    lower_bound_ms
+        What the objective cannot be below on the lanes that were offered: for latency
+        the critical path or total work / lanes, for throughput the longest segment or
+        total work / lanes, each on the fastest lanes and without copies.
+    is_optimal
+        Whether it is proven that no placement of the same segments on the lanes that were
+        offered is better.
+    """
+
+    kind: PlanKind
+    placement: Placement
+    prediction: Prediction
+    objective: Objective
+    lower_bound_ms: float
+    is_optimal: bool
+
+    @property
+    def latency_ms(self) -> float:
+        """Milliseconds from the start of an inference to its end."""
+        return self.prediction.latency_ms
+
+    @property
+    def interval_ms(self) -> float:
+        """Least milliseconds between two inferences when several are in flight."""
+        return self.prediction.interval_ms
+
+    @property
+    def objective_ms(self) -> float:
+        """The latency or the interval, whichever was to be small."""
+        return self.latency_ms if self.objective == "latency" else self.interval_ms
+
+    @property
+    def gap(self) -> float:
+        """How far the objective is above its lower bound, as a fraction of the bound."""
+        return self.objective_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
+
+
+def plan_whole(scenario: Scenario, lane: Lane, objective: Objective = "latency") -> Plan:
+    """Plan to run the whole network as one segment.
+
+    Parameters
+    ----------
+    scenario
+        The stream graph and its costs. The entry for `WHOLE` counts, and in its absence
+        the sum over the segments.
+    lane
+        The lane.
+    objective
+        What the plan is compared by; it leaves no choice here.
+
+    Raises
+    ------
+    InputError
+        When the cost table has no costs for such a lane.
+    """
+    prediction = predict(whole_scenario(scenario), place_whole(lane))
+    return Plan("whole", place_whole(lane), prediction, objective, prediction.latency_ms, True)
+
+
+def plan_authors(
+    scenario: Scenario, lanes: Sequence[Lane], objective: Objective = "latency"
+) -> Plan:
+    """Plan the paper's layout, `parnet_engines.layouts.place_authors`.
+
+    Raises
+    ------
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
+    return evaluate_placement("authors", scenario, place_authors(scenario.graph, lanes), objective)
+
+
+def evaluate_placement(
+    kind: PlanKind, scenario: Scenario, placement: Placement, objective: Objective = "latency"
+) -> Plan:
+    """Return the plan that a given placement is.
+
+    Raises
+    ------
+    ValueError
+        When the placement does not fit the stream graph.
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
+    prediction = predict(scenario, placement)
+    bound_ms = lower_bound_ms(scenario, placement.lanes, objective)
+    plan = Plan(kind, placement, prediction, objective, bound_ms, is_optimal=False)
+    return replace(plan, is_optimal=plan.objective_ms <= bound_ms)
+
+
+def lower_bound_ms(
+    scenario: Scenario, lanes: Sequence[Lane], objective: Objective = "latency"
+) -> float:
+    """Return what no placement on these lanes, all of them busy, can be below.
+
+    Parameters
+    ----------
+    scenario
+        The stream graph and its costs.
+    lanes
+        The lanes.
+    objective
+        ``"latency"``: the critical path or total work / lanes. ``"throughput"``: the
+        longest segment or total work / lanes.
+    """
+    return _bound_ps(Instance.of(scenario, lanes), objective) / PS_PER_MS
+
+
+def _bound_ps(instance: Instance, objective: Objective) -> int:
+    shared_ps = -(-sum(instance.fastest_ps) // len(instance.lanes))
+    path_ps = [0] * len(instance.fastest_ps)
+    for segment, fastest_ps in enumerate(instance.fastest_ps):
+        before = instance.predecessors[segment] if objective == "latency" else ()
+        path_ps[segment] = fastest_ps + max((path_ps[p] for p in before), default=0)
+    return max(shared_ps, *path_ps)
+
+
+def plan_streams(
+    scenario: Scenario, lanes: Sequence[Lane], objective: Objective = "latency"
+) -> Plan:
+    """Plan the segments on some or all of the given lanes, the first being the origin.
+
+    Up to `EXACT_SEGMENTS` segments the plan is optimal (unless that takes more than
+    `MAX_NODES` partial placements). Beyond, list scheduling is followed by simulated
+    annealing. Either way the plan is no worse than `plan_authors` on the same lanes, or
+    all segments on the origin.
+
+    Parameters
+    ----------
+    scenario
+        The stream graph, its costs and the link between devices.
+    lanes
+        Lanes of any devices. Where busy lanes slow each other down, it is tried to use
+        fewer of them.
+    objective
+        Whether latency or, with several inferences in flight, the interval between two
+        of them is to be small.
+
+    Raises
+    ------
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
+    layouts = _layouts(scenario, lanes)
+    found = []
+    for layout in layouts:
+        steps, is_optimal = _search(scenario, layout, objective, EFFORT // len(layouts))
+        placement = _placement(layout, steps)
+        bound_ms = _bound_ps(layout, objective) / PS_PER_MS
+        prediction = predict(scenario, placement)
+        found.append(Plan("streams", placement, prediction, objective, bound_ms, is_optimal))
+    best = min(found, key=lambda plan: (plan.objective_ms, len(plan.placement.lanes)))
+    return replace(
+        best,
+        lower_bound_ms=min(plan.lower_bound_ms for plan in found),
+        is_optimal=all(plan.is_optimal for plan in found),
+    )
+
+
+def plan_candidates(
+    scenario: Scenario,
+    layouts: Iterable[Sequence[Lane]],
+    objective: Objective = "latency",
+    most: int = 3,
+) -> tuple[Plan, ...]:
+    """Return the most promising plans, best first, so that they can be measured.
+
+    The best plan for the whole network is always among them: it is what the others have
+    to be better than.
+
+    Parameters
+    ----------
+    scenario
+        The stream graph, its costs and the link between devices.
+    layouts
+        Sets of lanes to choose from, such as those of `parnet_engines.layouts.divide_cores`
+        or one lane for each device. The whole network may run on any one of their lanes.
+    objective
+        What is to be small.
+    most
+        How many plans to return, at most.
+
+    Raises
+    ------
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
+    offered = [tuple(lanes) for lanes in layouts]
+    alone = {lane_kind(lane): lane for lanes in reversed(offered) for lane in reversed(lanes)}
+    wholes = [plan_whole(scenario, lane, objective) for lane in alone.values()]
+    whole = min(wholes, key=lambda plan: plan.objective_ms)
+    found: dict[Placement, Plan] = {}
+    for lanes in offered:
+        ranked = sorted(plan.objective_ms for plan in found.values())
+        if len(ranked) >= most and lower_bound_ms(scenario, lanes, objective) >= ranked[most - 1]:
+            continue
+        plan = plan_streams(scenario, lanes, objective)
+        found.setdefault(plan.placement, plan)
+    others = sorted(found.values(), key=lambda plan: plan.objective_ms)[: most - 1]
+    return tuple(sorted([whole, *others], key=lambda plan: plan.objective_ms))
+
+
+def _layouts(scenario: Scenario, lanes: Sequence[Lane]) -> list[Instance]:
+    """Return the scenario on all lanes, and on fewer where busy lanes slow each other down."""
+    groups: dict[tuple[str, int], list[Lane]] = {}
+    for lane in lanes:
+        groups.setdefault((lane.device, lane_threads(lane)), []).append(lane)
+    counts = [range(group[0] is lanes[0], len(group) + 1) for group in groups.values()]
+    everything = Instance.of(scenario, lanes)
+    layouts = [everything]
+    for chosen in itertools.product(*counts):
+        kept = {x.name for group, n in zip(groups.values(), chosen, strict=True) for x in group[:n]}
+        fewer = Instance.of(scenario, [lane for lane in lanes if lane.name in kept])
+        numbers = [number for number, lane in enumerate(lanes) if lane.name in kept]
+        as_before = tuple(tuple(row[n] for n in numbers) for row in everything.latency_ps)
+        if fewer.latency_ps != as_before:
+            layouts.append(fewer)
+    return layouts
+
+
+def _search(
+    scenario: Scenario, instance: Instance, objective: Objective, effort: int
+) -> tuple[Sequence[Step], bool]:
+    """Return the best issue order found on all lanes, and whether it is proven to be that."""
+    alone = [(segment, 0) for segment in range(len(instance.segment_names))]
+    if len(instance.lanes) == 1:
+        return alone, True
+    authors = instance.steps(place_authors(scenario.graph, instance.lanes))
+    starts = (alone, authors, list_schedule(instance))
+    start = min(starts, key=lambda steps: score(instance, steps, objective))
+    if len(alone) > EXACT_SEGMENTS:
+        return anneal(instance, objective, start, effort), False
+    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE)
+    found = search_exactly(instance, objective, incumbent, MAX_NODES)
+    if objective == "latency":
+        return found.steps, found.is_optimal
+    # Of the placements with this interval, one of low latency is wanted.
+    return anneal(instance, objective, found.steps, effort // _EXACT_SHARE), found.is_optimal
+
+
+def _placement(instance: Instance, steps: Iterable[Step]) -> Placement:
+    """Name the lanes and segments of an issue order, and drop lanes that run nothing."""
+    assignments = tuple(
+        Assignment(instance.segment_names[segment], instance.lanes[lane].name)
+        for segment, lane in steps
+    )
+    used = {assignment.lane for assignment in assignments}
+    lanes = tuple(x for x in instance.lanes if x is instance.lanes[0] or x.name in used)
+    return Placement(lanes, assignments)
