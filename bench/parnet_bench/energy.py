@@ -7,11 +7,12 @@ give is the energy of the machine's part per inference, not of the network alone
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from parnet_bench.nvml import open_nvml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -217,16 +218,9 @@ def _rapl_meter(powercap: Path) -> Meter:
 
 
 def _nvml_meter(boards: tuple[int, ...]) -> Meter:
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ModuleNotFoundError as error:
-        if error.name != "pynvml":
-            raise
-        return NoMeter("the Python module 'pynvml' is not installed (pip install nvidia-ml-py)")
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return NoMeter(f"NVML cannot be used ({error})")
+    nvml, missing = open_nvml()
+    if missing:
+        return NoMeter(missing)
     meter = NvmlMeter(nvml, boards)
     if meter.read_j() is None:
         return NoMeter(f"{meter.source} counts no energy")
