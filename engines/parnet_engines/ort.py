@@ -8,9 +8,9 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from parnet_engines.bundle_program import graph_of
 from parnet_engines.cost_table import WHOLE
 from parnet_engines.engine_cores import engine_cores
-from parnet_engines.plan_option import graph_of
 from parnet_engines.program import Run
 from parnet_export.errors import InputError
 from parnet_export.onnx_runtime import import_onnxruntime, runtime_failures

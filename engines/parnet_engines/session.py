@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -18,7 +19,7 @@ from parnet_engines.clock import MonotonicClock
 from parnet_engines.devices import can_pin
 from parnet_engines.host import Host
 from parnet_engines.ort import Spin, load_engines
-from parnet_engines.plan_option import choose_program
+from parnet_engines.plan_option import choose
 from parnet_engines.program import Run
 from parnet_engines.recording import Recording, Span
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.engine import Engine
+    from parnet_engines.evaluate import Objective
     from parnet_export.stream_graph import TensorSpec
 
 __all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
@@ -120,6 +122,8 @@ class Session:
         plan: Plan | Path = "streams",
         lanes: int | None = None,
         threads: int | None = None,
+        objective: Objective = "latency",
+        in_flight: int | None = None,
         record: bool = False,
         timeout_s: float | None = None,
     ) -> Self:
@@ -136,12 +140,18 @@ class Session:
             ``"streams"``: segments run concurrently, placed by what is known of their
             costs. ``"authors"``: the layout of ParNet's authors, a stream on each of
             three devices. ``"auto"``: what measuring here found to be quickest; see
-            `parnet_engines.auto_plan`. A path: the program in that file.
+            `parnet_engines.auto_plan`. A path: the plan or program in that file.
         lanes
-            How many segments may run at the same time; by default as many as can.
+            How many segments may run at the same time, at most; by default as many as can.
         threads
             CPU threads in all, no more than there are cores; by default one for each core
             of the devices.
+        objective
+            What the plan makes best: the latency of one inference, or how many there are
+            in a second when several callers run the session at the same time.
+        in_flight
+            How many calls of `run` may be under way at once; by default one for latency,
+            and for throughput as many as there are lanes.
         record
             Whether to note when each step begins and ends, for `take_recording`.
         timeout_s
@@ -158,8 +168,17 @@ class Session:
         """
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
-        program = choose_program(bundle, devices, plan, lanes=lanes, threads=threads)
-        return cls.load(bundle, program, record=record, timeout_s=timeout_s)
+        choice = choose(
+            bundle,
+            devices,
+            plan,
+            open_program=partial(cls.load, bundle),
+            lanes=lanes,
+            threads=threads,
+            objective=objective,
+            in_flight=in_flight,
+        )
+        return cls.load(bundle, choice.program, record=record, timeout_s=timeout_s)
 
     @classmethod
     def load(
@@ -169,6 +188,7 @@ class Session:
         *,
         record: bool = False,
         timeout_s: float | None = None,
+        beside_others: bool = False,
     ) -> Self:
         """Load what a program needs of a bundle.
 
@@ -183,6 +203,9 @@ class Session:
             A program that runs its segments or its whole graph.
         record, timeout_s
             As for the session itself.
+        beside_others
+            Whether other sessions run at the same time on other cores, so that even a
+            program of a single lane keeps to its own.
 
         Raises
         ------
@@ -192,7 +215,7 @@ class Session:
             When ONNX Runtime is not installed.
         """
         used = program.program.lanes
-        alone = len(used) == 1
+        alone = len(used) == 1 and not beside_others
         pin = can_pin() and not (alone and used[0].device == "cpu")
         spin: Spin = "always" if alone else "in_runs"
         engines = load_engines(bundle, program.program, pin=pin, spin=spin)
