@@ -16,9 +16,9 @@ import numpy as np
 from parnet_engines.buffers import find_shapes
 from parnet_engines.check import CheckedProgram
 from parnet_engines.clock import MonotonicClock
+from parnet_engines.cpu_engines import EngineName, load_engines, pins_all_threads, require_engine
 from parnet_engines.devices import can_pin
 from parnet_engines.host import Host
-from parnet_engines.ort import Spin, load_engines
 from parnet_engines.plan_option import choose
 from parnet_engines.program import Run
 from parnet_engines.recording import Recording, Span
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.engine import Engine
     from parnet_engines.evaluate import Objective
+    from parnet_engines.ort import Spin
     from parnet_export.stream_graph import TensorSpec
 
 __all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
@@ -120,6 +121,7 @@ class Session:
         devices: str = "cpu",
         *,
         plan: Plan | Path = "streams",
+        engine: EngineName = "onnxruntime",
         lanes: int | None = None,
         threads: int | None = None,
         objective: Objective = "latency",
@@ -141,6 +143,10 @@ class Session:
             costs. ``"authors"``: the layout of ParNet's authors, a stream on each of
             three devices. ``"auto"``: what measuring here found to be quickest; see
             `parnet_engines.auto_plan`. A path: the plan or program in that file.
+        engine
+            The runtime of the engines: ``"onnxruntime"`` or ``"openvino"``. Plans rest on
+            what segments take with ONNX Runtime, and so does ``"auto"``, which is for it
+            alone.
         lanes
             How many segments may run at the same time, at most; by default as many as can.
         threads
@@ -164,8 +170,12 @@ class Session:
         CheckFailedError
             When the program in a file is not one of this bundle.
         MissingBackendError
-            When ONNX Runtime is not installed.
+            When the runtime is not installed.
         """
+        require_engine(engine)
+        if plan == "auto" and engine != "onnxruntime":
+            problem = f"measures with onnxruntime, not with {engine}"
+            raise InputError("plan 'auto'", problem, "Use plan 'streams' or 'whole'")
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
         choice = choose(
@@ -178,7 +188,7 @@ class Session:
             objective=objective,
             in_flight=in_flight,
         )
-        return cls.load(bundle, choice.program, record=record, timeout_s=timeout_s)
+        return cls.load(bundle, choice.program, engine=engine, record=record, timeout_s=timeout_s)
 
     @classmethod
     def load(
@@ -186,6 +196,7 @@ class Session:
         bundle: Bundle,
         program: CheckedProgram,
         *,
+        engine: EngineName = "onnxruntime",
         record: bool = False,
         timeout_s: float | None = None,
         beside_others: bool = False,
@@ -201,6 +212,8 @@ class Session:
             The bundle.
         program
             A program that runs its segments or its whole graph.
+        engine
+            As for `open`.
         record, timeout_s
             As for the session itself.
         beside_others
@@ -210,15 +223,16 @@ class Session:
         Raises
         ------
         InputError
-            When ONNX Runtime cannot load a file of the bundle.
+            When the runtime cannot load a file of the bundle.
         MissingBackendError
-            When ONNX Runtime is not installed.
+            When the runtime is not installed.
         """
         used = program.program.lanes
         alone = len(used) == 1 and not beside_others
         pin = can_pin() and not (alone and used[0].device == "cpu")
+        pin = pin and pins_all_threads(engine, bundle, program.program)
         spin: Spin = "always" if alone else "in_runs"
-        engines = load_engines(bundle, program.program, pin=pin, spin=spin)
+        engines = load_engines(bundle, program.program, pin=pin, spin=spin, engine=engine)
         return cls(program, engines, pin=pin, record=record, timeout_s=timeout_s)
 
     @property
