@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from parnet_bench import plan_command
+from parnet_bench import costs_command, plan_command, timeline_command
 from parnet_export import console, files
 from parnet_export.errors import InputError
 
@@ -144,6 +144,8 @@ def latency(
 
 
 plan_command.register(app)
+costs_command.register(app)
+timeline_command.register(app)
 
 
 def main() -> None:

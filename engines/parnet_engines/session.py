@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from parnet_engines.ort import Spin
     from parnet_export.stream_graph import TensorSpec
 
-__all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
+__all__ = ["PLANS", "Plan", "SegmentFailedError", "SegmentHungError", "Session"]
 
 Plan = Literal["auto", "whole", "streams", "authors"]
 """How `Session.open` places a network on lanes, besides a file that says it."""
+
+PLANS: tuple[Plan, ...] = get_args(Plan)
+"""All that `Plan` allows."""
 
 _KEPT_SHAPES = 4
 """How many combinations of input shapes keep their memory and threads, per slot."""
