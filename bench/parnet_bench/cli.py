@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from parnet_bench import costs_command, plan_command, timeline_command
+from parnet_bench import costs_command, lanes_command, plan_command, timeline_command
 from parnet_export import console, files
 from parnet_export.errors import InputError
 
@@ -146,6 +146,7 @@ def latency(
 plan_command.register(app)
 costs_command.register(app)
 timeline_command.register(app)
+lanes_command.register(app)
 
 
 def main() -> None:
