@@ -239,7 +239,7 @@ def _flatten(operator: Operator) -> Compute:
     axis = operator.get("axis", 1)
 
     def compute(x: Tensor) -> Tensor:
-        before = axis % (x.dim() + 1) if axis < 0 else axis
+        before = axis + x.dim() if axis < 0 else axis
         return x.reshape(int(np.prod(x.shape[:before])), -1)
 
     return compute

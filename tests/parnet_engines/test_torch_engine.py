@@ -23,11 +23,11 @@ from parnet_export.verify import relative_error
 NO_COST = Cost(0, 0, 0, 0, 0, 0)
 
 NETWORKS = [
-    ("parnet-cifar-1.3m", "repvgg", 32),
     ("resnet18", "none", 32),
 ]
 LARGE_NETWORKS = [
     ("parnet-cifar-1.3m", "none", 32),
+    ("parnet-cifar-1.3m", "repvgg", 32),
     ("parnet-s", "full", 32),
     ("seqresnet-k8r4", "none", 32),
     ("seqresnet-b-k16r7", "full", 32),
@@ -77,11 +77,14 @@ def test_a_network_computes_what_onnx_runtime_computes(tmp_path, name, level, re
         assert relative_error(found[spec.name], reference) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def small_parnet():
+    return export_graph(load_network("parnet-cifar-1.3m"), resolution=32, batch="dynamic")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_segments_one_after_another_compute_the_whole_network(tmp_path, precision):
-    model, provenance = export_graph(
-        load_network("parnet-cifar-1.3m"), resolution=32, batch="dynamic"
-    )
+def test_segments_one_after_another_compute_the_whole_network(tmp_path, small_parnet, precision):
+    model, provenance = small_parnet
     bundle, _ = make_bundle(model, provenance, tmp_path / "b", precision=precision, prove=False)
     graph = bundle.stream_graph
     tensors = arrays_for(graph.inputs)
