@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from parnet_bench import plan_command
 from parnet_export import console, files
 from parnet_export.errors import InputError
 
@@ -140,6 +141,9 @@ def latency(
         kept = f"; what was measured is in {output}, marked as partial" if output else ""
         console.warn(f"interrupted after {len(result.orders)} rounds{kept}")
         raise typer.Exit(console.INTERRUPTED_EXIT_CODE)
+
+
+plan_command.register(app)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,10 +16,10 @@ import numpy as np
 from parnet_engines.buffers import find_shapes
 from parnet_engines.check import CheckedProgram
 from parnet_engines.clock import MonotonicClock
+from parnet_engines.cpu_engines import EngineName, load_engines, pins_all_threads, require_engine
 from parnet_engines.devices import can_pin
 from parnet_engines.host import Host
-from parnet_engines.ort import Spin, load_engines
-from parnet_engines.plan_option import choose_program
+from parnet_engines.plan_option import choose
 from parnet_engines.program import Run
 from parnet_engines.recording import Recording, Span
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.engine import Engine
+    from parnet_engines.evaluate import Objective
+    from parnet_engines.ort import Spin
     from parnet_export.stream_graph import TensorSpec
 
 __all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
@@ -118,8 +121,11 @@ class Session:
         devices: str = "cpu",
         *,
         plan: Plan | Path = "streams",
+        engine: EngineName = "onnxruntime",
         lanes: int | None = None,
         threads: int | None = None,
+        objective: Objective = "latency",
+        in_flight: int | None = None,
         record: bool = False,
         timeout_s: float | None = None,
     ) -> Self:
@@ -136,12 +142,22 @@ class Session:
             ``"streams"``: segments run concurrently, placed by what is known of their
             costs. ``"authors"``: the layout of ParNet's authors, a stream on each of
             three devices. ``"auto"``: what measuring here found to be quickest; see
-            `parnet_engines.auto_plan`. A path: the program in that file.
+            `parnet_engines.auto_plan`. A path: the plan or program in that file.
+        engine
+            The runtime of the engines: ``"onnxruntime"`` or ``"openvino"``. Plans rest on
+            what segments take with ONNX Runtime, and so does ``"auto"``, which is for it
+            alone.
         lanes
-            How many segments may run at the same time; by default as many as can.
+            How many segments may run at the same time, at most; by default as many as can.
         threads
             CPU threads in all, no more than there are cores; by default one for each core
             of the devices.
+        objective
+            What the plan makes best: the latency of one inference, or how many there are
+            in a second when several callers run the session at the same time.
+        in_flight
+            How many calls of `run` may be under way at once; by default one for latency,
+            and for throughput as many as there are lanes.
         record
             Whether to note when each step begins and ends, for `take_recording`.
         timeout_s
@@ -154,12 +170,25 @@ class Session:
         CheckFailedError
             When the program in a file is not one of this bundle.
         MissingBackendError
-            When ONNX Runtime is not installed.
+            When the runtime is not installed.
         """
+        require_engine(engine)
+        if plan == "auto" and engine != "onnxruntime":
+            problem = f"measures with onnxruntime, not with {engine}"
+            raise InputError("plan 'auto'", problem, "Use plan 'streams' or 'whole'")
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
-        program = choose_program(bundle, devices, plan, lanes=lanes, threads=threads)
-        return cls.load(bundle, program, record=record, timeout_s=timeout_s)
+        choice = choose(
+            bundle,
+            devices,
+            plan,
+            open_program=partial(cls.load, bundle),
+            lanes=lanes,
+            threads=threads,
+            objective=objective,
+            in_flight=in_flight,
+        )
+        return cls.load(bundle, choice.program, engine=engine, record=record, timeout_s=timeout_s)
 
     @classmethod
     def load(
@@ -167,8 +196,10 @@ class Session:
         bundle: Bundle,
         program: CheckedProgram,
         *,
+        engine: EngineName = "onnxruntime",
         record: bool = False,
         timeout_s: float | None = None,
+        beside_others: bool = False,
     ) -> Self:
         """Load what a program needs of a bundle.
 
@@ -181,21 +212,27 @@ class Session:
             The bundle.
         program
             A program that runs its segments or its whole graph.
+        engine
+            As for `open`.
         record, timeout_s
             As for the session itself.
+        beside_others
+            Whether other sessions run at the same time on other cores, so that even a
+            program of a single lane keeps to its own.
 
         Raises
         ------
         InputError
-            When ONNX Runtime cannot load a file of the bundle.
+            When the runtime cannot load a file of the bundle.
         MissingBackendError
-            When ONNX Runtime is not installed.
+            When the runtime is not installed.
         """
         used = program.program.lanes
-        alone = len(used) == 1
+        alone = len(used) == 1 and not beside_others
         pin = can_pin() and not (alone and used[0].device == "cpu")
+        pin = pin and pins_all_threads(engine, bundle, program.program)
         spin: Spin = "always" if alone else "in_runs"
-        engines = load_engines(bundle, program.program, pin=pin, spin=spin)
+        engines = load_engines(bundle, program.program, pin=pin, spin=spin, engine=engine)
         return cls(program, engines, pin=pin, record=record, timeout_s=timeout_s)
 
     @property
