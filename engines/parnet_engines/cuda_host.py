@@ -22,7 +22,7 @@ from parnet_engines.recording import span_of
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -170,6 +170,7 @@ class CudaHost:
         inputs: Sequence[int | None] = (),
         outputs: Sequence[int | None] = (),
         stream: int | None = None,
+        after: Iterable[int] = (),
     ) -> tuple[Span, ...]:
         """Execute the program once.
 
@@ -186,6 +187,8 @@ class CudaHost:
             A CUDA stream of the origin's device to be ordered against: the inference
             begins after what this stream has been given before, and what it is given
             afterwards begins after the inference.
+        after
+            CUDA streams of the origin's device whose work so far comes before the inference.
 
         Returns
         -------
@@ -217,8 +220,8 @@ class CudaHost:
         began_ns = self._synchronise_clocks()
         lanes = self._lanes
         with on_device(self._driver, lanes.home):
-            if stream is not None:
-                self._driver.record_event(self._arrived, stream)
+            for earlier in (*after, *(() if stream is None else (stream,))):
+                self._driver.record_event(self._arrived, earlier)
                 self._driver.wait_event(lanes.origin, self._arrived)
             self._copy_in(given, copied)
             launch()

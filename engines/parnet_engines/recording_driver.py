@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT_BYTES = 256
 _GIB = 1 << 30
+_DEFAULT_STREAMS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ class RecordingDriver:
     def record_event(self, event: int, stream: int, *, external: bool = False) -> None:
         """See `CudaDriver.record_event`."""
         found = self._events[event]
-        if found.device != self._streams[stream]:
+        if found.device != self._device_of(stream):
             raise CudaError("record_event", "CUDA_ERROR_INVALID_HANDLE")
         if external:
             if stream not in self._captures:
@@ -385,7 +386,7 @@ class RecordingDriver:
 
     def _guarded(self, verb: str, stream: int, *operands: object) -> None:
         """Note a call about a stream, whose capture must be valid if there is one."""
-        self._note(verb, self._streams[stream], stream, *operands)
+        self._note(verb, self._device_of(stream), stream, *operands)
         self._current()
         capture = self._captures.get(stream)
         if capture is not None and not capture.is_valid:
@@ -395,7 +396,7 @@ class RecordingDriver:
         self, verb: str, stream: int, work: Callable[[], object], *operands: object
     ) -> None:
         self._guarded(verb, stream, *operands)
-        if self._current() != self._streams[stream]:
+        if self._current() != self._device_of(stream):
             raise CudaError(verb, "CUDA_ERROR_INVALID_CONTEXT")
         capture = self._captures.get(stream)
         if capture is None:
@@ -426,6 +427,10 @@ class RecordingDriver:
     def _stamp(self, event: _Event) -> None:
         self.now_ms += 0.001
         event.time_ms = self.now_ms
+
+    def _device_of(self, stream: int) -> int:
+        """Return a stream's device; that of a default stream is the current one."""
+        return self._current() if stream in _DEFAULT_STREAMS else self._streams[stream]
 
     def _current(self) -> int:
         if not self._stack:
