@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from parnet_engines.cost_table import WHOLE
 from parnet_engines.engine_sidecar import Recipe, Sidecar, read_sidecar, write_sidecar
 from parnet_engines.tensorrt_module import LABELS
+from parnet_engines.tensorrt_options import EngineOptions
 from parnet_export import files
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parnet_engines.tensorrt_options import EngineOptions, Target
+    from parnet_engines.tensorrt_module import Backend
+    from parnet_engines.tensorrt_options import Target
     from parnet_export.bundle import Bundle
 
 ENGINES_FOLDER = "engines"
@@ -98,10 +100,32 @@ def sidecar_path(bundle: Bundle, target: Target, name: str, options: EngineOptio
     Engines that are there to be compared, with another boundary or number of auxiliary
     streams, lie side by side.
     """
+    return bundle.path / ENGINES_FOLDER / target.folder / sidecar_name(name, options)
+
+
+def sidecar_name(name: str, options: EngineOptions) -> str:
+    """Return the file name that the sidecar of an engine has in every target's folder."""
     resolved = resolve_options(options, name)
     streams = "auto" if resolved.max_aux_streams is None else resolved.max_aux_streams
-    stem = f"{_file_stem(name)}-{resolved.boundary}-aux{streams}"
-    return bundle.path / ENGINES_FOLDER / target.folder / f"{stem}.json"
+    return f"{_file_stem(name)}-{resolved.boundary}-aux{streams}.json"
+
+
+def build_command(bundle: Path, backend: Backend, device: int, options: EngineOptions) -> str:
+    """Return the command line that builds engines for a device of this machine."""
+    words = [f"parnet-export build {bundle} --backend {backend} --devices {device}"]
+    defaults = EngineOptions()
+    for option, flag in _OPTION_NAMES.items():
+        value = getattr(options, option)
+        if value == getattr(defaults, option):
+            continue
+        match value:
+            case bool():
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            case dict():
+                words.append(f"{flag} {_shown(value)}")
+            case _:
+                words.append(f"{flag} {value}")
+    return " ".join(words)
 
 
 def look_up(path: Path, wanted: Recipe) -> Lookup:

@@ -177,6 +177,7 @@ class _Build:
         self._request = request
         self._log = log
         self._builder = trt.module.Builder(logger_of(trt.module))
+        self._timings: Any = None
 
     def run(self, progress: BuildProgress | None, cancelled: threading.Event | None) -> BuiltEngine:
         start_s = time.perf_counter()
@@ -190,7 +191,7 @@ class _Build:
         if plan is None:
             raise self._refusal(f"cannot be built by {self._trt.label} ({self._log.reason})")
         del parser  # it owns what the network refers to
-        self._save_timings(config)
+        self._save_timings()
         content = bytes(plan)
         build_s = time.perf_counter() - start_s
         return BuiltEngine(content, self._tensors(), build_s, self._audit(content))
@@ -294,11 +295,12 @@ class _Build:
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             problem = f"is no timing cache of {self._trt.label} on this GPU ({self._log.reason})"
             raise InputError(path, problem, "Give the name of a new file")
+        self._timings = cache  # it must live until the engine is built
 
-    def _save_timings(self, config: Any) -> None:
+    def _save_timings(self) -> None:
         path = self._request.timing_cache
         if path is not None:
-            files.write_bytes(path, bytes(config.get_timing_cache().serialize()))
+            files.write_bytes(path, bytes(self._timings.serialize()))
 
     def _tensors(self) -> tuple[EngineTensor, ...]:
         segment = self._request.segment

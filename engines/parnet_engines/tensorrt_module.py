@@ -106,12 +106,11 @@ class TensorRt:
         Whole programs are captured into CUDA graphs here, so that TensorRT-RTX must make
         none of its own.
         """
-        if not hasattr(engine, "create_runtime_config"):
+        if self.backend == "tensorrt":
             return None
         config = engine.create_runtime_config()
-        if not hasattr(config, "cuda_graph_strategy"):
-            return None
-        config.cuda_graph_strategy = self.module.CudaGraphStrategy.DISABLED
+        if hasattr(config, "cuda_graph_strategy"):  # since 1.3
+            config.cuda_graph_strategy = self.module.CudaGraphStrategy.DISABLED
         return config
 
 
