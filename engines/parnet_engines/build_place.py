@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from parnet_engines.gpu import find_gpu, parse_ordinals
+from parnet_engines.cuda_devices import open_driver, ordinal_of, parse_gpus
+from parnet_engines.cuda_driver import on_device
 from parnet_engines.tensorrt_module import LABELS, choose_backend
 from parnet_engines.tensorrt_options import Target, parse_capabilities, target_of
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from parnet_engines.gpu import Gpu
+    from collections.abc import Iterator
+
+    from parnet_engines.cuda_driver import CudaDriver, Gpu
     from parnet_engines.tensorrt_module import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class BuildDevice:
+    """A GPU of this machine that builds and audits engines.
+
+    Parameters
+    ----------
+    driver
+        The driver.
+    gpu
+        Its GPU.
+    """
+
+    driver: CudaDriver
+    gpu: Gpu
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Have the GPU's primary context current in this thread meanwhile."""
+        self.driver.retain_context(self.gpu.ordinal)
+        try:
+            with on_device(self.driver, self.gpu.ordinal):
+                yield
+        finally:
+            self.driver.release_context(self.gpu.ordinal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +54,12 @@ class BuildPlace:
     ----------
     target
         The GPUs that they are for.
-    gpu
-        One of them in this machine, which builds and audits them; TensorRT-RTX needs none.
+    device
+        One of them in this machine; TensorRT-RTX needs none.
     """
 
     target: Target
-    gpu: Gpu | None = None
+    device: BuildDevice | None = None
 
 
 def choose_places(
@@ -51,7 +82,7 @@ def choose_places(
     InputError
         When the options contradict each other, or there is no such GPU.
     MissingBackendError
-        When ``"auto"`` finds no backend, or GPUs cannot be found without the CUDA bindings.
+        When a backend is not installed, or GPUs cannot be found without the CUDA bindings.
     """
     chosen = choose_backend(backend, other_gpus=capabilities is not None)
     if capabilities is not None:
@@ -64,9 +95,33 @@ def choose_places(
         return (BuildPlace(Target(chosen, parse_capabilities(capabilities))),)
     if devices is None and chosen == "tensorrt-rtx":
         return (BuildPlace(Target(chosen)),)
+    remedy = "Give CUDA's numbers of GPUs, such as '0' or '0,1'"
+    try:
+        names = parse_gpus("0" if devices is None else devices)
+        remedy = "Use --backend tensorrt-rtx without --devices, which needs no GPU"
+        driver = open_driver(names)
+    except InputError as error:
+        # What those messages advise is for running, which a CPU can do as well.
+        raise InputError(error.subject, error.problem, remedy) from error
+    gpus = driver.gpus()
     places: dict[Target, BuildPlace] = {}
-    for ordinal in parse_ordinals("0" if devices is None else devices):
-        gpu = find_gpu(ordinal)
+    for name in names:
+        gpu = gpus[ordinal_of(name)]
         target = target_of(chosen, gpu)
-        places.setdefault(target, BuildPlace(target, gpu))
+        places.setdefault(target, BuildPlace(target, BuildDevice(driver, gpu)))
     return tuple(places.values())
+
+
+def describe_driver() -> str:
+    """Return the versions of the installed NVIDIA driver and of CUDA in it; empty if unknown."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ModuleNotFoundError:
+        return ""
+    try:
+        nvml.nvmlInit()
+        cuda = nvml.nvmlSystemGetCudaDriverVersion()
+        driver = nvml.nvmlSystemGetDriverVersion()
+    except nvml.NVMLError:
+        return ""
+    return f"{driver}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from parnet_engines.build_place import BuildPlace, describe_driver
 from parnet_engines.cost_table import WHOLE
 from parnet_engines.engine_cache import (
     look_up,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from parnet_engines.build_place import BuildPlace
     from parnet_engines.tensorrt_build import BuiltEngine
     from parnet_engines.tensorrt_module import Backend
     from parnet_engines.tensorrt_options import EngineOptions
@@ -174,7 +174,7 @@ class _Job:
                 build_s=built.build_s,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 command=command,
-                cuda_driver=self.place.gpu.cuda_driver if self.place.gpu else "",
+                driver=describe_driver() if self.place.device else "",
                 audit=built.audit,
             ),
         )
@@ -197,7 +197,7 @@ class _Job:
             ),
             target=self.place.target,
             log_path=path.with_suffix(_LOG_SUFFIX),
-            gpu=self.place.gpu,
+            device=self.place.device,
             timing_cache=timing_cache,
         )
         trt = import_tensorrt(self.place.target.backend)

@@ -11,7 +11,7 @@ from parnet_engines.engine_cache import (
     sidecar_name,
     this_platform,
 )
-from parnet_engines.engine_sidecar import misfit, read_sidecar
+from parnet_engines.engine_sidecar import describe_gpu, misfit, read_sidecar
 from parnet_engines.tensorrt_module import LABELS
 from parnet_engines.tensorrt_options import target_of
 from parnet_export.errors import InputError
@@ -19,8 +19,8 @@ from parnet_export.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from parnet_engines.cuda_driver import Gpu
     from parnet_engines.engine_sidecar import Sidecar
-    from parnet_engines.gpu import Gpu
     from parnet_engines.tensorrt_module import TensorRt
     from parnet_engines.tensorrt_options import EngineOptions
     from parnet_export.bundle import Bundle
@@ -68,7 +68,7 @@ def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: Eng
     command = build_command(bundle.path, backend, gpu.ordinal, options)
     if reasons:
         raise InputError(*reasons[0], f"Build it again: {command}")
-    problem = f"holds no {LABELS[backend]} engine of {name!r} for {gpu}"
+    problem = f"holds no {LABELS[backend]} engine of {name!r} for {describe_gpu(gpu)}"
     raise InputError(bundle.path, problem, f"Build it: {command}")
 
 

@@ -20,10 +20,10 @@ from parnet_export.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parnet_engines.gpu import Gpu
+    from parnet_engines.cuda_driver import Gpu
 
 # msgspec reads these annotations at run time.
-from parnet_engines.tensorrt_options import EngineOptions, Target  # noqa: TC001
+from parnet_engines.tensorrt_options import EngineOptions, Target, capability_of
 
 SCHEMA_VERSION = 1
 
@@ -160,8 +160,8 @@ class Sidecar:
         UTC time, ISO 8601.
     command
         The command line, if a command line built it.
-    cuda_driver
-        Newest CUDA version of the driver it was built with; empty if it was built without.
+    driver
+        Versions of the NVIDIA driver it was built with; empty if it was built without a GPU.
     audit
         None if the precisions of its layers were not audited, which needs a GPU.
     verification
@@ -179,7 +179,7 @@ class Sidecar:
     build_s: float
     created: str
     command: tuple[str, ...] = field(default_factory=tuple)
-    cuda_driver: str = ""
+    driver: str = ""
     audit: Audit | None = None
     verification: Verification | None = None
     sidecar_sha256: str = _NO_DIGEST
@@ -275,8 +275,13 @@ def misfit(sidecar: Sidecar, *, version: str, platform: str, gpu: Gpu | None) ->
     if recipe.version != version and not _runs_later(recipe, version):
         return f"{here} is installed here"
     if gpu is not None and not _suits(recipe.target, gpu):
-        return f"device {gpu.ordinal} is {gpu}"
+        return f"device {gpu.ordinal} is {describe_gpu(gpu)}"
     return ""
+
+
+def describe_gpu(gpu: Gpu) -> str:
+    """Return a GPU's name and compute capability, for people."""
+    return f"{gpu.name} (compute capability {capability_of(gpu)})"
 
 
 def _runs_later(recipe: Recipe, version: str) -> bool:
@@ -287,5 +292,5 @@ def _runs_later(recipe: Recipe, version: str) -> bool:
 
 def _suits(target: Target, gpu: Gpu) -> bool:
     if target.compute_capabilities:
-        return gpu.compute_capability in target.compute_capabilities
-    return tuple(map(int, gpu.compute_capability.split("."))) >= RTX_OLDEST_CAPABILITY
+        return capability_of(gpu) in target.compute_capabilities
+    return gpu.compute_capability >= RTX_OLDEST_CAPABILITY

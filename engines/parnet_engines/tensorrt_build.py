@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from parnet_engines.engine_audit import audit_layers, full_precision_nodes
 from parnet_engines.engine_sidecar import EngineTensor
-from parnet_engines.gpu import use_gpu
 from parnet_engines.tensor_layout import TensorLayout
 from parnet_engines.tensorrt_log import logger_of, recording
 from parnet_export import files
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from parnet_engines.build_place import BuildDevice
     from parnet_engines.engine_sidecar import Audit
-    from parnet_engines.gpu import Gpu
     from parnet_engines.tensorrt_log import LogRecording
     from parnet_engines.tensorrt_module import TensorRt
     from parnet_engines.tensorrt_options import EngineOptions, Target
@@ -89,7 +89,7 @@ class BuildRequest:
         The GPUs that it is for.
     log_path
         The file that gets TensorRT's log lines. It is not written when a build is cancelled.
-    gpu
+    device
         A GPU of the target in this machine, which builds and audits the engine; if None, the
         engine is not audited.
     timing_cache
@@ -103,7 +103,7 @@ class BuildRequest:
     layouts: Mapping[str, TensorLayout]
     target: Target
     log_path: Path
-    gpu: Gpu | None = None
+    device: BuildDevice | None = None
     timing_cache: Path | None = None
 
 
@@ -156,16 +156,14 @@ def build_engine(
     BuildCancelledError
         When it was cancelled.
     """
-    with recording() as log:
+    device = request.device
+    with recording() as log, contextlib.nullcontext() if device is None else device.current():
         try:
-            if request.gpu is not None:
-                use_gpu(request.gpu.ordinal)
-            built = _Build(trt, request, log).run(progress, cancelled)
+            return _Build(trt, request, log).run(progress, cancelled)
         finally:
             if cancelled is None or not cancelled.is_set():
                 files.make_directory(request.log_path.parent)
                 files.write_text(request.log_path, log.text)
-    return built
 
 
 class _Build:
@@ -322,7 +320,7 @@ class _Build:
         return self._sized(spec, "largest")[0]
 
     def _audit(self, plan: bytes) -> Audit | None:
-        if self._request.gpu is None:
+        if self._request.device is None:
             return None
         runtime = self._module.Runtime(logger_of(self._module))
         engine = runtime.deserialize_cuda_engine(plan)

@@ -13,7 +13,7 @@ from parnet_export.errors import InputError, name_some
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from parnet_engines.gpu import Gpu
+    from parnet_engines.cuda_driver import Gpu
     from parnet_export.stream_graph import TensorSpec
 
 Boundary = Literal["linear", "vector"]
@@ -107,7 +107,13 @@ class Target:
 def target_of(backend: Backend, gpu: Gpu) -> Target:
     """Return the target of engines for a GPU of this machine."""
     name = gpu.name if backend == "tensorrt" else ""
-    return Target(backend, (gpu.compute_capability,), name)
+    return Target(backend, (capability_of(gpu),), name)
+
+
+def capability_of(gpu: Gpu) -> str:
+    """Return the compute capability of a GPU as text, such as ``"8.9"``."""
+    major, minor = gpu.compute_capability
+    return f"{major}.{minor}"
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:

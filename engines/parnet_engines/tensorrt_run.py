@@ -6,10 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from parnet_engines.bundle_engines import segment_of
+from parnet_engines.cuda_driver import on_device
 from parnet_engines.engine_cache import build_command, require_plan
 from parnet_engines.engine_finder import find_engine
 from parnet_engines.engine_sidecar import read_sidecar
-from parnet_engines.gpu import find_gpu, use_gpu
 from parnet_engines.tensorrt_build import FORMATS
 from parnet_engines.tensorrt_log import logger_of, recording
 from parnet_engines.tensorrt_module import choose_backend, import_tensorrt
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
+    from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_engines.engine_sidecar import Sidecar
     from parnet_engines.tensor_layout import TensorLayout
@@ -43,8 +44,8 @@ class EnqueueRefusedError(RuntimeError):
 class TensorRtEngine:
     """An engine on one GPU; see `parnet_engines.cuda_engine.CudaEngine`.
 
-    What `bind` returns runs on the device that is current in the calling thread, which must
-    be the engine's.
+    What `bind` returns runs in the CUDA context that is current in the calling thread, which
+    must be the primary one of the engine's device. The engine keeps that context alive.
 
     Parameters
     ----------
@@ -54,6 +55,8 @@ class TensorRtEngine:
         Name and tensors of what it computes.
     path
         Its sidecar.
+    driver
+        The driver of the GPU.
     device
         CUDA ordinal of the GPU.
 
@@ -63,8 +66,11 @@ class TensorRtEngine:
         When the engine is damaged, or TensorRT refuses to load it.
     """
 
-    def __init__(self, trt: TensorRt, segment: Segment, path: Path, device: int) -> None:
+    def __init__(
+        self, trt: TensorRt, segment: Segment, path: Path, driver: CudaDriver, device: int
+    ) -> None:
         self._trt = trt
+        self._driver = driver
         self._segment = segment
         self._device = device
         self._path = path
@@ -76,8 +82,13 @@ class TensorRtEngine:
         self._config: Any = None
         self._kernels: Any = None
         plan = require_plan(path, self._sidecar)
-        with self._on_device() as log:
-            self._load(plan, log)
+        driver.retain_context(device)
+        try:
+            with self._on_device() as log:
+                self._load(plan, log)
+        except BaseException:
+            driver.release_context(device)
+            raise
 
     @property
     def name(self) -> str:
@@ -147,20 +158,23 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """Release contexts and memory. Closing twice does no harm; running afterwards does."""
-        self._save_kernels()
-        for binding in self._bindings:
-            binding.context = None
-        self._bindings.clear()
-        # Contexts, engine and runtime must go in this order.
-        self._kernels = self._config = None
-        self._engine = None
-        self._runtime = None
+        if self._engine is None:
+            return
+        with self._on_device():
+            self._save_kernels()
+            for binding in self._bindings:
+                binding.context = None
+            self._bindings.clear()
+            # Contexts, engine and runtime must go in this order.
+            self._kernels = self._config = None
+            self._engine = None
+            self._runtime = None
+        self._driver.release_context(self._device)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[LogRecording]:
-        """Make the engine's device the current one, and record what TensorRT logs."""
-        use_gpu(self._device)
-        with recording() as log:
+        """Have the engine's device current meanwhile, and record what TensorRT logs."""
+        with on_device(self._driver, self._device), recording() as log:
             yield log
 
     def _load(self, plan: bytes, log: LogRecording) -> None:
@@ -283,6 +297,7 @@ class _Binding:
 def load_engines(
     bundle: Bundle,
     names: Iterable[str],
+    driver: CudaDriver,
     device: int,
     *,
     backend: Backend | Literal["auto"] = "auto",
@@ -297,8 +312,8 @@ def load_engines(
         The bundle that holds them.
     names
         Segments, or the whole graph by the name `WHOLE`.
-    device
-        CUDA ordinal of the GPU.
+    driver, device
+        The GPU, and its driver.
     backend, boundary, max_aux_streams
         Which engines; see `EngineOptions`.
 
@@ -310,14 +325,14 @@ def load_engines(
         When the backend is not installed.
     """
     chosen = choose_backend(backend)
-    gpu = find_gpu(device)
+    gpu = driver.gpus()[device]
     trt = import_tensorrt(chosen)
     options = EngineOptions(boundary=boundary, max_aux_streams=max_aux_streams)
     paths = {name: find_engine(bundle, name, trt, gpu, options) for name in names}
     with contextlib.ExitStack() as undo:
         engines = {}
         for name, path in paths.items():
-            engines[name] = TensorRtEngine(trt, segment_of(bundle, name), path, device)
+            engines[name] = TensorRtEngine(trt, segment_of(bundle, name), path, driver, device)
             undo.callback(engines[name].close)
         undo.pop_all()
     return engines

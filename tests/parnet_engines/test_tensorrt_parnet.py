@@ -52,7 +52,7 @@ def built(bundle, target, options, *, whole=False):
         sidecar = report.sidecar
         assert report.status == "built"
         assert len(require_plan(report.path, sidecar)) == sidecar.plan_bytes > 100_000
-        assert (sidecar.audit, sidecar.is_verified, sidecar.cuda_driver) == (None, False, "")
+        assert (sidecar.audit, sidecar.is_verified, sidecar.driver) == (None, False, "")
     return {report.segment: report.sidecar for report in reports}
 
 
@@ -87,7 +87,9 @@ def test_every_segment_builds_with_a_dynamic_batch(bundles, precision):
     sidecars = built(bundle, target, replace(QUICK, sizes=BATCH))
     for name, sidecar in sidecars.items():
         specs = (*bundle.stream_graph[name].inputs, *bundle.stream_graph[name].outputs)
-        assert [t.size_bytes for t in sidecar.tensors] == [s.size_bytes({"batch": 4}) for s in specs]
+        assert [t.size_bytes for t in sidecar.tensors] == [
+            s.size_bytes({"batch": 4}) for s in specs
+        ]
 
 
 @pytest.mark.slow
