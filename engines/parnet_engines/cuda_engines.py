@@ -13,6 +13,7 @@ from parnet_export.errors import InputError, MissingBackendError, ParnetError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine
     from parnet_engines.program import Program
     from parnet_export.bundle import Bundle
@@ -32,13 +33,13 @@ class _Module(Protocol):
     """A module of `CUDA_ENGINES`."""
 
     def load_engines(
-        self, bundle: Bundle, names: Iterable[str], device: int
+        self, bundle: Bundle, names: Iterable[str], driver: CudaDriver, device: int
     ) -> Mapping[str, CudaEngine]:
         """Load the engines of segments, or of the whole graph, on one GPU."""
 
 
 def load_engines(
-    bundle: Bundle, program: Program, engine: str = "auto"
+    bundle: Bundle, program: Program, driver: CudaDriver, engine: str = "auto"
 ) -> tuple[dict[tuple[str, str], CudaEngine], str]:
     """Load an engine for each segment and lane that runs it, one for each segment and GPU.
 
@@ -48,6 +49,8 @@ def load_engines(
         The bundle whose segments, or whole graph, the program runs.
     program
         The program.
+    driver
+        CUDA.
     engine
         A runtime of `CUDA_ENGINES`; ``"auto"``: the first of them that can be used here.
 
@@ -65,11 +68,11 @@ def load_engines(
     """
     if engine != "auto":
         require_cuda_engine(engine)
-        return _load(bundle, program, engine), engine
+        return _load(bundle, program, driver, engine), engine
     reasons = []
     for name in CUDA_ENGINES:
         try:
-            return _load(bundle, program, name), name
+            return _load(bundle, program, driver, name), name
         except (InputError, MissingBackendError) as error:
             reasons.append(f"{name}: {error}")
     raise InputError(
@@ -84,7 +87,9 @@ def require_cuda_engine(engine: str) -> None:
         raise InputError(f"engine {engine!r}", "is none for GPUs", f"Use {known}")
 
 
-def _load(bundle: Bundle, program: Program, engine: str) -> dict[tuple[str, str], CudaEngine]:
+def _load(
+    bundle: Bundle, program: Program, driver: CudaDriver, engine: str
+) -> dict[tuple[str, str], CudaEngine]:
     places = {
         (step.segment, step.lane): ordinal_of(program.lanes_by_name[step.lane].device)
         for step in program.steps
@@ -95,7 +100,7 @@ def _load(bundle: Bundle, program: Program, engine: str) -> dict[tuple[str, str]
     try:
         for device in dict.fromkeys(places.values()):
             names = dict.fromkeys(s for (s, _), where in places.items() if where == device)
-            found = module.load_engines(bundle, names, device)
+            found = module.load_engines(bundle, names, driver, device)
             loaded |= {(name, device): one for name, one in found.items()}
     except ParnetError:
         for one in loaded.values():

@@ -143,7 +143,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         MissingBackendError
             When the runtime is not installed.
         """
-        engines, name = load_engines(bundle, program.program, engine)
+        engines, name = load_engines(bundle, program.program, driver, engine)
         return cls(
             program,
             engines,

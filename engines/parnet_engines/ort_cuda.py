@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
@@ -188,7 +189,12 @@ class _Binding:
         return session, binding
 
 
-def load_engines(bundle: Bundle, names: Iterable[str], device: int) -> dict[str, OrtCudaEngine]:
+def load_engines(
+    bundle: Bundle,
+    names: Iterable[str],
+    driver: CudaDriver,  # noqa: ARG001 - ONNX Runtime brings its own
+    device: int,
+) -> dict[str, OrtCudaEngine]:
     """Load graphs of a bundle on a GPU.
 
     Parameters
@@ -197,8 +203,8 @@ def load_engines(bundle: Bundle, names: Iterable[str], device: int) -> dict[str,
         The bundle.
     names
         Segments, or the whole graph by the name `WHOLE`.
-    device
-        CUDA ordinal of the GPU.
+    driver, device
+        The GPU's ordinal, and its driver.
 
     Raises
     ------

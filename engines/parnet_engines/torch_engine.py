@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
@@ -294,7 +295,12 @@ def _fits(architecture: str, major: int, minor: int) -> bool:
     return number // 10 == major and number % 10 <= minor
 
 
-def load_engines(bundle: Bundle, names: Iterable[str], device: int) -> dict[str, TorchCudaEngine]:
+def load_engines(
+    bundle: Bundle,
+    names: Iterable[str],
+    driver: CudaDriver,  # noqa: ARG001 - torch brings its own
+    device: int,
+) -> dict[str, TorchCudaEngine]:
     """Load graphs of a bundle on a GPU.
 
     Parameters
@@ -303,8 +309,8 @@ def load_engines(bundle: Bundle, names: Iterable[str], device: int) -> dict[str,
         The bundle.
     names
         Segments, or the whole graph by the name `WHOLE`.
-    device
-        CUDA ordinal of the GPU.
+    driver, device
+        The GPU's ordinal, and its driver.
 
     Raises
     ------
