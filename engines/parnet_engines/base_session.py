@@ -164,6 +164,13 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
             named = zip(self._outputs, host.outputs, strict=True)
             return {spec.name: buffer.copy() for spec, buffer in named}
 
+    @abstractmethod
+    def inspect(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the network once, and return every tensor that a segment produces, by name.
+
+        For looking into what is wrong, not for speed. Raises what `run` raises.
+        """
+
     def take_recording(self) -> Recording:
         """Return what was recorded since the last call, and forget it.
 

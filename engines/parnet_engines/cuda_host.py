@@ -11,11 +11,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from parnet_engines.cuda_driver import CudaError, on_device
 from parnet_engines.cuda_engine import DeviceTensor
 from parnet_engines.cuda_lanes import CudaLanes
 from parnet_engines.cuda_launch import Launcher
-from parnet_engines.cuda_memory import Region, allocate_buffers, array_at, find_layouts
+from parnet_engines.cuda_memory import Region, allocate_buffers, array_at, find_layouts, from_layout
 from parnet_engines.cuda_resources import CudaResources
 from parnet_engines.program import Run
 from parnet_engines.recording import span_of
@@ -233,6 +235,19 @@ class CudaHost:
             if stream is None or None in given[len(self._inputs) :] or self._clock:
                 self._settle()
         return self._spans(inference, began_ns)
+
+    def read(self, buffer: str) -> NDArray[Any]:
+        """Return a copy of what a buffer holds after the last inference."""
+        self._settle()
+        region = self._regions[buffer]
+        memory = np.empty(region.size_bytes, np.uint8)
+        lane = next(n for n, device in self._lanes.ordinals.items() if device == region.device)
+        stream = self._lanes.streams[lane]
+        with on_device(self._driver, region.device):
+            size_bytes = region.size_bytes
+            self._driver.copy_to_host(memory.ctypes.data, region.address, size_bytes, stream)
+            self._driver.synchronize(stream)
+        return from_layout(memory, region)
 
     def give_up(self) -> None:
         """Release everything; nobody is there any more to hear of errors."""

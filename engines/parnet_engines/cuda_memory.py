@@ -63,6 +63,30 @@ def array_at(address: int, shape: Shape, dtype: str) -> NDArray[Any]:
     return np.frombuffer(memoryview(memory), kind).reshape(shape)
 
 
+def from_layout(memory: NDArray[np.uint8], region: Region) -> NDArray[Any]:
+    """Return a tensor that lies in any layout as a row-major array without padding.
+
+    Parameters
+    ----------
+    memory
+        The bytes of the region.
+    region
+        What they hold.
+    """
+    values = memory.view(region.dtype)
+    layout = region.layout
+    if layout is TensorLayout.LINEAR:
+        return values.reshape(region.shape)
+    items, channels, *image = region.shape
+    vectors = -(-channels // layout.vector)
+    if layout is TensorLayout.HWC8:
+        pixels = values.reshape(items, *image, vectors * layout.vector)
+        return np.ascontiguousarray(np.moveaxis(pixels, -1, 1)[:, :channels])
+    blocks = values.reshape(items, vectors, *image, layout.vector)
+    whole = np.moveaxis(blocks, -1, 2).reshape(items, vectors * layout.vector, *image)
+    return np.ascontiguousarray(whole[:, :channels])
+
+
 def resolve_shapes(program: Program, inputs: Sequence[Shape]) -> dict[str, Shape]:
     """Return the shape of every buffer for network inputs of given shapes.
 

@@ -22,6 +22,7 @@ from parnet_engines.device_array import (
 )
 from parnet_engines.gpu_plan import choose_on_gpus
 from parnet_engines.network_inputs import checked_inputs
+from parnet_engines.program import Run
 from parnet_export.bundle import Bundle, open_bundle
 from parnet_export.errors import InputError
 
@@ -229,6 +230,24 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         if not sources and not targets and stream is None:
             return super().run(inputs)
         return self._run_in_place(inputs, sources, targets, outputs or {}, stream)
+
+    def inspect(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once and read all memory; see `BaseSession.inspect`."""
+        self._require_own_process()
+        arrays = checked_inputs(self.inputs, inputs)
+        program = self.program.program
+        tensors = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
+        with self._in_slot() as (slot, number):
+            host = self._host(slot, arrays)
+            for buffer, array in zip(host.inputs, arrays, strict=True):
+                np.copyto(buffer, array)
+            self._keep(host.run(number))
+            for step in program.steps:
+                if isinstance(step, Run):
+                    for name in step.outputs:
+                        tensor = program.buffers_by_name[name].tensor.name
+                        tensors.setdefault(tensor, host.read(name))
+        return tensors
 
     def _run_in_place(
         self,

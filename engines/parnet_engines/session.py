@@ -14,7 +14,9 @@ from parnet_engines.cuda_session import CudaSession
 from parnet_engines.devices import can_pin
 from parnet_engines.execution import Execution
 from parnet_engines.host import Host
+from parnet_engines.network_inputs import checked_inputs
 from parnet_engines.plan_option import choose
+from parnet_engines.program import Run
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 from parnet_export.bundle import Bundle, open_bundle
 from parnet_export.errors import InputError
@@ -223,6 +225,21 @@ class Session(BaseSession["Engine", "Host"]):
     def execution(self) -> Execution:
         """How the program is carried out."""
         return Execution("threads")
+
+    def inspect(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the segments one after another; see `BaseSession.inspect`."""
+        self._require_own_process()
+        arrays = checked_inputs(self._inputs, inputs)
+        tensors = {spec.name: array for spec, array in zip(self._inputs, arrays, strict=True)}
+        with self._in_slot():
+            for step in self._checked_program.program.steps:
+                if isinstance(step, Run):
+                    try:
+                        found = self._engines[step.segment, step.lane].run(tensors)
+                    except Exception as error:
+                        raise SegmentFailedError(step.segment, error) from error
+                    tensors |= found
+        return tensors
 
     def _new_host(self, arrays: Sequence[NDArray[Any]]) -> Host:
         program = self._checked_program

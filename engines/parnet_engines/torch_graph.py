@@ -58,6 +58,9 @@ class TorchGraph:
     channels_last
         Whether images lie with their channels last, which convolutions of half precision on
         tensor cores want.
+    in_float32
+        Whether what the graph computes in half precision is computed in float32 instead, to
+        have a reference. Inputs are then given in float32, too.
 
     Raises
     ------
@@ -66,7 +69,13 @@ class TorchGraph:
     """
 
     def __init__(
-        self, path: Path, name: str, device: str = "cpu", *, channels_last: bool = False
+        self,
+        path: Path,
+        name: str,
+        device: str = "cpu",
+        *,
+        channels_last: bool = False,
+        in_float32: bool = False,
     ) -> None:
         try:
             model = onnx.load(path)
@@ -78,6 +87,10 @@ class TorchGraph:
         constants = {
             tensor.name: np.asarray(numpy_helper.to_array(tensor)) for tensor in graph.initializer
         }
+        if in_float32:
+            constants = {n: _widened(array) for n, array in constants.items()}
+            for node in graph.node:
+                _widen_casts(node)
         self.inputs = tuple(v.name for v in graph.input if v.name not in constants)
         opset = max((o.version for o in model.opset_import if not o.domain), default=1)
         calls = []
@@ -114,6 +127,18 @@ class TorchGraph:
         if self._channels_last and tensor.dim() == 4:
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor
+
+
+def _widened(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _widen_casts(node: onnx.NodeProto) -> None:
+    """Let a cast to half precision be one to float32."""
+    for attribute in node.attribute:
+        to_half = attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT16
+        if node.op_type == "Cast" and to_half:
+            attribute.i = onnx.TensorProto.FLOAT
 
 
 def _constant_of(node: onnx.NodeProto) -> NDArray[Any]:
