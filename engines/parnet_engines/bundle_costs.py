@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from parnet_engines.cost_table import (
     COSTS_NAME,
+    DEVICE_MODELS,
     CostTable,
     DeviceModel,
     estimate_costs,
@@ -32,6 +33,9 @@ TYPICAL_CORE = DeviceModel("typical CPU core", "cpu", 80e9, 20e9, 3.0)
 The rates have the order of magnitude that ParNet-L reaches with ONNX Runtime on a core of
 a server; no publication states them. What a plan depends on is how segments compare.
 """
+
+TYPICAL_GPU = DEVICE_MODELS["a100", "fp16"]
+"""A GPU to plan by as long as nothing is measured: which one matters little to a plan."""
 
 
 def network_of(bundle: Bundle) -> str:

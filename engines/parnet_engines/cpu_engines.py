@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment
 
-EngineName = Literal["onnxruntime", "openvino"]
+EngineName = Literal["onnxruntime", "openvino", "torch"]
 """A runtime that makes engines for the CPU."""
 
 
@@ -66,9 +66,23 @@ def _load_openvino(
     return OpenVinoEngine(segment, path, threads=max(1, len(cores)))
 
 
+def _load_torch(
+    segment: Segment,
+    path: Path,
+    *,
+    cores: tuple[int, ...],  # noqa: ARG001 - torch has one number of threads for the process
+    pin: bool,  # noqa: ARG001
+    spin: Spin,  # noqa: ARG001
+) -> Engine:
+    from parnet_engines.torch_engine import TorchEngine  # torch takes seconds to load
+
+    return TorchEngine(segment, path)
+
+
 CPU_ENGINES: Mapping[str, LoadEngine] = {
     "onnxruntime": _load_onnxruntime,
     "openvino": _load_openvino,
+    "torch": _load_torch,
 }
 """How to load an engine of each runtime."""
 
@@ -121,15 +135,18 @@ def load_engines(
 def require_engine(engine: str) -> None:
     """Raise `InputError` for what is no runtime of `CPU_ENGINES`."""
     if engine not in CPU_ENGINES:
-        raise InputError(f"engine {engine!r}", "is unknown", f"Use {' or '.join(CPU_ENGINES)}")
+        raise InputError(f"engine {engine!r}", "is unknown", f"Use one of {', '.join(CPU_ENGINES)}")
 
 
 def pins_all_threads(engine: str, bundle: Bundle, program: Program) -> bool:
     """Return whether lanes can be pinned without holding up the engines' other threads.
 
-    OpenVINO's threads inherit the cores of whichever thread first needs them, and then serve
-    all engines, so lanes of several threads are better left where the system puts them.
+    Torch shares its threads among all engines of the process. OpenVINO's threads inherit the
+    cores of whichever thread first needs them, and then serve all engines, so lanes of several
+    threads are better left where the system puts them.
     """
+    if engine == "torch":
+        return False
     if engine != "openvino":
         return True
     graph = graph_of(bundle, (s.segment for s in program.steps if isinstance(s, Run)))

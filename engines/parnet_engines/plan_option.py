@@ -156,7 +156,7 @@ def _require_here(program: Program, path: Path) -> None:
     usable = usable_cores()
     for lane in program.lanes:
         if device_kind(lane.device) != "cpu":
-            problem = f"uses {lane.device}, and this version runs on the CPU only"
+            problem = f"uses {lane.device}, and the devices are CPU cores"
             raise InputError(path, problem, remedy)
         for core in lane.cores:
             if core not in usable:

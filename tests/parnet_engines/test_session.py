@@ -618,7 +618,10 @@ def test_a_closed_session_of_a_bundle_leaves_no_thread(bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": "0,1,2"}, "devices '0,1,2': this version runs on the CPU only. Use 'cpu', or"),
+        ({"devices": "0,1,2"}, "devices '0,1,2': this machine has no NVIDIA driver that works"),
+        ({"devices": "0", "engine": "openvino"}, "engine 'openvino': is none for GPUs. Use auto,"),
+        ({"devices": "0", "threads": 2}, "threads 2: is a number of CPU threads"),
+        ({"engine": "tensorrt"}, "engine 'tensorrt': is unknown. Use one of onnxruntime"),
         ({"devices": ""}, "devices '': it names no device"),
         ({"plan": "best"}, "plan 'best': is unknown. Use auto, whole, streams, authors, or"),
         ({"threads": 0}, "threads 0: is less than one"),
