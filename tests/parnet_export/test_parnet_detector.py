@@ -397,8 +397,9 @@ def test_structures_that_cannot_be_are_refused():
 # --------------------------------------------------------------------------- graphs, segments
 
 
-@CONFIGS
-@pytest.mark.parametrize("level", ["repvgg", "full"])
+@pytest.mark.parametrize(
+    ("config", "level"), [(SMALL, "repvgg"), (CSP, "full")], ids=["plain", "csp"]
+)
 def test_onnx_runtime_computes_the_same(config, level):
     detector = random_detector(config)
     model = export_onnx(
@@ -457,7 +458,9 @@ def test_streams_and_heads_become_parallel_segments():
             assert closure(graph.predecessors, name).isdisjoint(together)
 
 
-@CONFIGS
+@pytest.mark.parametrize(
+    "config", [SMALL, pytest.param(CSP, marks=pytest.mark.slow)], ids=["plain", "csp"]
+)
 def test_the_segments_compute_what_the_network_computes(config, tmp_path):
     torch.save(random_detector(config).state_dict(), tmp_path / "d.pth")
     network = load_network(tmp_path / "d.pth")
