@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parnet_export.detection_form import DETECTION_NAMES
-from parnet_export.suppression import Detections, overlap
+from parnet_export.suppression import overlap, read_detections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +23,7 @@ if TYPE_CHECKING:
 
     from parnet_export.detection_form import Suppression
     from parnet_export.samples import Sample
-
-
-def read_detections(outputs: Mapping[str, NDArray[Any]]) -> tuple[Detections, ...]:
-    """Return the detections of each image from the outputs of a graph with suppression."""
-    counts, corners, scores, classes = (outputs[name] for name in DETECTION_NAMES)
-    return tuple(
-        Detections(corners[i, :count], scores[i, :count], classes[i, :count])
-        for i, count in enumerate(counts)
-    )
+    from parnet_export.suppression import Detections
 
 
 def detections_error(

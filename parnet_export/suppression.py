@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parnet_export.detection_form import BOX_CHANNELS, Suppression
+from parnet_export.detection_form import BOX_CHANNELS, DETECTION_NAMES, Suppression
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.floating[Any]]
@@ -40,6 +42,15 @@ class Detections:
         """Return those whose score is greater."""
         kept = self.scores > min_score
         return Detections(self.corners[kept], self.scores[kept], self.classes[kept])
+
+
+def read_detections(outputs: Mapping[str, NDArray[Any]]) -> tuple[Detections, ...]:
+    """Return the detections of each image from the outputs of a graph with suppression."""
+    counts, corners, scores, classes = (outputs[name] for name in DETECTION_NAMES)
+    return tuple(
+        Detections(corners[i, :count], scores[i, :count], classes[i, :count])
+        for i, count in enumerate(counts)
+    )
 
 
 def suppress(boxes: Floats, options: Suppression | None = None) -> Detections:

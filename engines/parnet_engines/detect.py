@@ -9,7 +9,7 @@ from parnet_engines.session import Session
 from parnet_export.detection_form import BOXES_NAME, Suppression
 from parnet_export.errors import InputError
 from parnet_export.letterbox import Letterbox
-from parnet_export.suppression import Detections, suppress
+from parnet_export.suppression import Detections, read_detections, suppress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,8 +137,6 @@ class Detector:
     def _read(self, outputs: Mapping[str, NDArray[Any]]) -> Detections:
         """Return the detections in one image's outputs, in pixels of the network's input."""
         if self._output.form == "nms":
-            from parnet_export.compare_detections import read_detections
-
             (found,) = read_detections(outputs)
             return found.above(self.suppression.min_score)
         if self._output.form == "decoded":

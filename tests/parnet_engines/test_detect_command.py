@@ -173,7 +173,7 @@ def test_several_images_are_drawn_into_a_folder(run, bundles, drawn, names, tmp_
     Image.new("L", (50, 500), 90).save(empty)
     folder = tmp_path / "drawings"
     ran = run(
-        "detect", drawn, turned, empty, "--bundle", bundles / "decoded", "--classes", names,
+        "detect", drawn, turned, empty, "--bundle", bundles / "nms", "--classes", names,
         "--draw", folder, "--json",
     )  # fmt: skip
     assert ran.exit_code == 0
