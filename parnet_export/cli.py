@@ -154,7 +154,7 @@ def split_streams(
         Literal["raw", "decoded", "nms"] | None,
         typer.Option(
             help="What a detector returns: raw heads, all boxes decoded, or the boxes that "
-            "non-maximum suppression in the graph keeps. Default: raw."
+            "non-maximum suppression in the graph keeps (not for TensorRT-RTX). Default: raw."
         ),
     ] = None,
     score_threshold: Annotated[

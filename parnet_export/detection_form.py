@@ -105,3 +105,14 @@ class DetectionOutput:
             raise ValueError(f"the form {self.form!r} has suppression {self.suppression}")
         if not self.levels or self.num_classes < 1:
             raise ValueError("a detector has heads and classes")
+
+    @property
+    def description(self) -> str:
+        """What the graph returns, for people."""
+        if self.suppression is None:
+            return {"raw": "the raw outputs of its heads", "decoded": "every box"}[self.form]
+        kept = self.suppression
+        return (
+            f"at most {kept.max_detections} objects of scores above {kept.min_score:g}, those of "
+            f"a class overlapping by at most {kept.max_iou:g}"
+        )

@@ -280,6 +280,7 @@ def test_a_detector_of_the_catalogue_goes_all_the_way(run, drawn, tmp_path):
     assert ran.exit_code == 0, ran.err
     output = open_bundle(bundle).manifest.provenance.detections
     assert output.suppression == Suppression(0.3, 0.5, 7)
+    assert "at most 7 objects of scores above 0.3" in run("inspect", bundle).out
     ran = run("verify", bundle, "--ckpt", checkpoint, "--samples", 1, "--json")
     assert ran.exit_code == 0, ran.err
     assert {check["name"] for check in json.loads(ran.out)["checks"]} == {
