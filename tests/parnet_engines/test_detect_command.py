@@ -288,6 +288,14 @@ def test_a_detector_of_the_catalogue_goes_all_the_way(run, drawn, tmp_path):
         "whole against source",
         "split against source",
     }
+    for name, tensor in network.state_dict().items():
+        if name.endswith("Conv2d.bias"):  # only the heads have one
+            tensor.add_(0.1)
+    other = tmp_path / "other.pt"
+    torch.save({"model": network.state_dict()}, other)
+    ran = run("verify", bundle, "--ckpt", other, "--samples", 1)
+    assert ran.exit_code == 1
+    assert "other objects are found" in ran.err
     ran = run("detect", drawn, "--bundle", bundle, "--json")
     assert ran.exit_code == 0, ran.err
     (image,) = json.loads(ran.out)["images"]
