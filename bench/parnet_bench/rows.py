@@ -155,6 +155,7 @@ class _Planner:
         ]
 
     def checkpoint_row(self, ckpt: str, target: PlannedRow, geometry: Geometry) -> PlannedRow:
+        _require_raw_heads(ckpt, target.bundle)
         source, seed = ckpt, self._request.seed
         if not Path(ckpt).is_file():
             source = graphs.catalogue_name(ckpt)
@@ -265,6 +266,15 @@ def _refuse_precision(target: str, fixed: Precision | None, asked: Precision | N
         problem = f"is {fixed}" if fixed else "is an ONNX file, which runs as it is"
         remedy = f"Make a bundle with `parnet-export split-streams --precision {asked}`"
         raise InputError(target, problem, remedy)
+
+
+def _require_raw_heads(ckpt: str, bundle: Bundle) -> None:
+    """Refuse to compare a checkpoint's raw heads with a graph that makes boxes of them."""
+    output = bundle.manifest.provenance.detections
+    if output is not None and output.form != "raw":
+        problem = f"a graph of {ckpt} ends with raw heads, and {bundle.path} goes on to boxes"
+        remedy = "Leave it out, or make the bundle with --detections raw"
+        raise InputError("--ckpt", problem, remedy)
 
 
 def _require_same_function(row: PlannedRow, target: PlannedRow) -> None:
