@@ -47,7 +47,8 @@ def load_network(
     source
         A path, or a name of `CATALOG`.
     arch
-        A catalogue name that the checkpoint must turn out to be (its number of classes is free).
+        A catalogue name that the checkpoint must turn out to be (its number of classes is
+        free); the network is then made for that name's resolution.
     activation
         ``"silu"``, ``"relu"``, or ``"auto"`` to detect it.
     use_ema
@@ -195,7 +196,7 @@ def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Net
     )
     module = family.build(restored.config, restored.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, path)
-    resolution = family.resolution(restored.config)
+    resolution = CATALOG[arch][1].resolution if arch else family.resolution(restored.config)
     return _network(
         module, family, restored.config, provenance, level=restored.level, resolution=resolution
     )
