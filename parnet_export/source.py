@@ -131,6 +131,9 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         if activation != "auto":
             config = _with_activation(name, config, activation)
         chosen = f"{config.activation} ({'the catalogue' if activation == 'auto' else 'as asked'})"
+    elif activation != "auto":
+        problem = f"{name} has no choice of activations"
+        raise InputError("--activation", problem, "Leave it out")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         module = family.build(config, "none", ())

@@ -98,10 +98,10 @@ def _resolution(config: ParNetConfig) -> int:
 def _describe(config: ParNetConfig) -> str:
     widths = "/".join(map(str, config.widths))
     blocks = "/".join(map(str, config.blocks))
-    streams = "1 stream" if config.streams == 1 else f"{config.streams} streams"
+    streams = "1 stream of width" if config.streams == 1 else f"{config.streams} streams of widths"
     kind = "CIFAR ParNet" if config.variant == "cifar" else "ParNet"
     return (
-        f"{kind}, {streams} of {widths} channels and {blocks} blocks, "
+        f"{kind}, {streams} {widths} and {blocks} blocks, "
         f"{config.last_width} channels before {config.num_classes} classes"
     )
 
