@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from parnet_engines import classify_command
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -90,6 +92,7 @@ def verify(
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to a command line."""
     app.command()(verify)
+    classify_command.register(app)
 
 
 def _as_dict(bundle: Bundle, source: Network | None, proof: Proof) -> dict[str, object]:
