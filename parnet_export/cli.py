@@ -280,7 +280,7 @@ def models(as_json: AsJson = False, output: Output = None) -> None:
     with console.working("counting"):
         rows = list_catalogue()
     table = Table(title="Catalogue", title_justify="left", caption_justify="left", box=None)
-    table.padding = (0, 2, 0, 0)
+    table.padding = (0, 1, 0, 0)  # names and all fit into 80 columns
     table.caption = (
         "Parameters in millions: unfused, and fused at level repvgg and full. GFLOP: 10^9, two "
         "per multiply-accumulate, of one image at level repvgg. A name stands for random weights."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from parnet_export.models import (
     parnet_detector_family,
+    parnet_ensemble,
     parnet_family,
     resnet_family,
     seqconv_family,
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     family.key: family
     for family in (
         parnet_family.FAMILY,
+        parnet_ensemble.FAMILY,
         resnet_family.FAMILY,
         seqconv_family.FAMILY,
         yolov4_csp_family.FAMILY,
