@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from parnet_bench import env_command
+from parnet_bench import env_command, loadgen_command
 from parnet_export import console, files
 from parnet_export.errors import InputError
 
@@ -144,6 +144,7 @@ def latency(
 
 
 env_command.register(app)
+loadgen_command.register(app)
 
 
 def main() -> None:
