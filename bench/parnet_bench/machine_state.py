@@ -152,7 +152,7 @@ def read_machine(
         cpu_quota=_cpu_quota(root),
         swap_used_bytes=_swap_used_bytes(root),
         huge_pages=_chosen(root / "sys/kernel/mm/transparent_hugepage/enabled"),
-        gpus=() if nvml is None else _gpus(nvml),
+        gpus=() if nvml is None else gpu_states(nvml),
     )
 
 
@@ -247,7 +247,8 @@ def _text(path: Path) -> str:
 # ------------------------------------------------------------------------------- the GPUs
 
 
-def _gpus(nvml: Any) -> tuple[GpuState, ...]:
+def gpu_states(nvml: Any) -> tuple[GpuState, ...]:
+    """Return what the initialised module ``pynvml`` tells of all GPUs, now."""
     driver = _asked(nvml, lambda: str(nvml.nvmlSystemGetDriverVersion())) or ""
     count = _asked(nvml, nvml.nvmlDeviceGetCount) or 0
     return tuple(_gpu(nvml, index, driver) for index in range(count))
