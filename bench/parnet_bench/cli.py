@@ -10,7 +10,13 @@ import sys
 
 import typer
 
-from parnet_bench import env_command, latency_command, loadgen_command
+from parnet_bench import (
+    compare_command,
+    env_command,
+    latency_command,
+    loadgen_command,
+    report_command,
+)
 from parnet_export import console
 
 app = typer.Typer(
@@ -21,6 +27,8 @@ app = typer.Typer(
 )
 
 latency_command.register(app)
+compare_command.register(app)
+report_command.register(app)
 env_command.register(app)
 loadgen_command.register(app)
 

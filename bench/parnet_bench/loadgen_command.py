@@ -1,6 +1,8 @@
 """``parnet-bench loadgen``: networks under MLPerf's load generator."""
 
-# Typer reads the annotations at run time.
+
+# An option is a parameter.
+# ruff: noqa: PLR0917
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def loadgen(
 
     Takes at least ten minutes for each form of each target. Needs the extra `loadgen`.
     """
-    from parnet_bench.environment import read_environment, usable_cores
+    from parnet_bench.environment import read_environment
     from parnet_bench.loadgen import Load, import_loadgen
     from parnet_bench.rows import Request, plan_rows
     from parnet_export import console, files
@@ -106,10 +108,9 @@ def loadgen(
     environment = read_environment()
     request = Request(
         targets=tuple(targets),
-        batch=batch,
+        batches=() if batch is None else (batch,),
         resolution=resolution,
         precision=precision,
-        cores=usable_cores(),
         seed=seed,
     )
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
