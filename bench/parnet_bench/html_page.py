@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from parnet_bench.page_view import view_of
 
 if TYPE_CHECKING:
     from parnet_bench.result import Result
+
+_CODE = re.compile(r"`([^`]+)`|(--[a-z0-9-]+(?: \d+(?:\.\d+)?)?)")
 
 _TEMPLATES = Environment(
     loader=PackageLoader("parnet_bench"),
@@ -17,6 +21,14 @@ _TEMPLATES = Environment(
     undefined=StrictUndefined,
     keep_trailing_newline=True,
 )
+
+
+def coded(text: str) -> Markup:
+    """Return text as HTML in which options, and what stands in backticks, are code."""
+    return Markup(_CODE.sub(r"<code>\1\2</code>", str(escape(text))))  # noqa: S704 -- escaped
+
+
+_TEMPLATES.filters["coded"] = coded
 
 
 def render_page(result: Result) -> str:

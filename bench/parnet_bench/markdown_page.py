@@ -10,7 +10,8 @@ from parnet_bench.page_view import view_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from parnet_bench.page_view import PageView, RowView, TableView
+    from parnet_bench.page_tables import TableView
+    from parnet_bench.page_view import PageView, RowView
     from parnet_bench.result import Result
 
 
@@ -27,7 +28,6 @@ def _lines(page: PageView) -> Iterator[str]:
     headings = ("row", "median", "95 %", "speed-up", "95 %")
     yield from ("", markdown_table(headings, [_cells(row) for row in page.rows]))
     findings = [f"{w.sentence} {w.remedy}".strip() for w in page.warnings]
-    findings += [f"{row.name} failed and is not shown: {row.reason}" for row in page.failed]
     if findings:
         yield from ("", "## Before you trust this", "")
         yield from (f"- {markdown_text(finding)}" for finding in findings)
@@ -38,11 +38,11 @@ def _lines(page: PageView) -> Iterator[str]:
         )
         if chart.sources:
             yield from ("", f"Published in: {markdown_text('; '.join(chart.sources))}.")
-    timelines = [row for row in page.rows if row.timeline]
-    if timelines:
+    if page.has_timelines:
         yield from ("", "## Lanes", "")
-        for row in timelines:
-            yield f"- {markdown_text(row.name)}: {markdown_text(row.timeline.facts)}"  # type: ignore[union-attr]
+    for row in page.rows:
+        if row.timeline:
+            yield f"- {markdown_text(row.name)}: {markdown_text(row.timeline.facts)}"
     yield from _table("More than time", page.costs)
     yield from _table("All figures", page.figures)
     yield from ("", "## How it was measured", "", "```", page.command, "```", "")

@@ -10,28 +10,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parnet_bench import chart_svg, row_charts
-from parnet_bench.cost_columns import (
-    HEADINGS,
-    Cell,
-    cells_of,
-    costs_of,
-    remarks_on_costs,
-    used_columns,
-)
 from parnet_bench.findings import find
 from parnet_bench.page_facts import facts_of, lead_of
+from parnet_bench.page_tables import bare_ms, cost_table, figure_table, range_ms
 from parnet_bench.published_accuracy import published_accuracy
 from parnet_bench.row_timeline_view import RowTimelineView, timeline_view
 from parnet_bench.scatter_chart import Point, Scatter, scatter
 from parnet_bench.summary import summarise
 from parnet_bench.weights_label import Tag, tags_of
-from parnet_export.console import format_ms, format_percent, format_ratio
+from parnet_export.console import format_percent, format_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from parnet_bench.findings import Finding
-    from parnet_bench.result import FailedRow, Result, Row
+    from parnet_bench.page_tables import TableView
+    from parnet_bench.result import Result, Row
     from parnet_bench.scale import Scale
     from parnet_bench.statistics import Interval
     from parnet_bench.summary import RowSummary
@@ -103,15 +97,6 @@ class ScatterView:
 
 
 @dataclass(frozen=True, slots=True)
-class TableView:
-    """A table with its remarks; the first column is the row's name."""
-
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class PageView:
     """Everything that a report shows; the parts are in the order of the page."""
 
@@ -119,7 +104,6 @@ class PageView:
     lead: str
     tags: tuple[Tag, ...]
     rows: tuple[RowView, ...]
-    failed: tuple[FailedRowView, ...]
     warnings: tuple[Finding, ...]
     latency_axis: str
     ratio_axis: str
@@ -133,14 +117,6 @@ class PageView:
     def has_timelines(self) -> bool:
         """Whether any row has one."""
         return any(row.timeline for row in self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class FailedRowView:
-    """A row that was not measured to the end."""
-
-    name: str
-    reason: str
 
 
 def view_of(result: Result) -> PageView:
@@ -163,13 +139,12 @@ def view_of(result: Result) -> PageView:
         lead=lead_of(result),
         tags=tuple(_page_tags(result, tags)),
         rows=rows,
-        failed=tuple(map(_failed, result.failed)),
         warnings=find(result),
         latency_axis=chart_svg.axis(latencies, _MILLISECONDS),
         ratio_axis=chart_svg.axis(ratios, "times as fast as the reference") if compared else "",
         scatters=tuple(_scatters(result, summaries)),
-        costs=_cost_table(result, summaries),
-        figures=_figures(summaries),
+        costs=cost_table(result, summaries),
+        figures=figure_table(result, summaries),
         command=shlex.join(result.environment.command),
         facts=tuple(facts_of(result)),
     )
@@ -186,10 +161,6 @@ def _page_tags(result: Result, tags: Sequence[tuple[Tag, ...]]) -> Iterator[Tag]
     if result.partial:
         yield Tag("partial: interrupted", "caution")
     yield from dict.fromkeys(tag for row in tags for tag in row)
-
-
-def _failed(row: FailedRow) -> FailedRowView:
-    return FailedRowView(row.description.name, row.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +184,8 @@ def _row_view(
         name=name,
         css=_colour(index),
         tags=tags,
-        median=_bare(summary.median_ms),
-        interval=_range_ms(summary.median_interval_ms),
+        median=bare_ms(summary.median_ms),
+        interval=range_ms(summary.median_interval_ms),
         verdict="" if is_reference else row_charts.verdict_of(interval),
         speedup=format_ratio(summary.speedup),
         speedup_interval="reference" if is_reference else _range_ratio(interval),
@@ -228,7 +199,7 @@ def _row_view(
         ),
         rounds=strips[0],
         spread=strips[1],
-        timeline=timeline_view(row, is_open=index == 0),
+        timeline=timeline_view(row),
     )
 
 
@@ -305,58 +276,8 @@ def _scatter_view(
     return ScatterView(title, note, scatter(points, title, _MILLISECONDS), tuple(legend), sources)
 
 
-def _cost_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
-    costs = costs_of(result, summaries)
-    rows = [cells_of(cost) for cost in costs]
-    used = used_columns(rows)
-    return TableView(
-        tuple(HEADINGS[index] for index in used),
-        tuple(tuple(row[index] for index in used) for row in rows),
-        tuple(remarks_on_costs(result, costs)),
-    )
-
-
-def _figures(summaries: Sequence[RowSummary]) -> TableView:
-    percents = [p.percent for p in summaries[0].percentiles if p.percent != 50]
-    headings = ["row", "median ms", "95 %", "MAD", "least", "most"]
-    headings += [f"p{percent:g}" for percent in percents]
-    headings += ["samples/s", "samples", "rounds", "processes"]
-    is_pipelined = any(summary.pipelined for summary in summaries)
-    if is_pipelined:
-        headings += ["in flight", "samples/s, pipelined"]
-    rows = []
-    for s in summaries:
-        cells = [s.name, _bare(s.median_ms), _range_ms(s.median_interval_ms).removesuffix(" ms")]
-        cells += [_bare(value) for value in (s.mad_ms, s.min_ms, s.max_ms)]
-        for p in s.percentiles:
-            if p.percent != 50:
-                cells.append(
-                    f"needs {p.samples_needed}" if p.value_ms is None else _bare(p.value_ms)
-                )
-        cells += [f"{s.samples_per_s:,.1f}", str(s.samples), str(s.rounds), str(s.processes)]
-        if is_pipelined:
-            pipelined = s.pipelined
-            cells += (
-                [str(pipelined.in_flight), f"{pipelined.samples_per_s:,.1f}"]
-                if pipelined
-                else ["-", "-"]
-            )
-        rows.append(tuple(map(Cell, cells)))
-    return TableView(tuple(headings), tuple(rows), ())
-
-
 def _colour(index: int) -> str:
     return f"c{index % _COLOURS + 1}"
-
-
-def _bare(value_ms: float) -> str:
-    return format_ms(value_ms).removesuffix(" ms")
-
-
-def _range_ms(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return f"{_bare(interval.low)} to {format_ms(interval.high)}"
 
 
 def _range_ratio(interval: Interval | None) -> str:

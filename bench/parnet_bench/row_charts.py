@@ -29,7 +29,7 @@ _CURVE_POINTS = 161
 _MOST_DASHES = 160
 _SHOWN_PERCENT = 99.0  # of the slowest row; what lies beyond is counted
 _CURVE_HEIGHT = 42
-_MOST_DEVIATION = 0.35
+_LEAST_DEVIATION = 0.02  # at either end of a strip, or noise would look large
 
 
 def latency_scale(rows_ms: Sequence[npt.NDArray[np.float64]]) -> Scale:
@@ -138,12 +138,11 @@ def rounds_strip(
     Returns
     -------
     svg, limit
-        The strip, and the relative deviation at its upper and lower ends; rounds beyond
-        them lie on them.
+        The strip, and the relative deviation at its upper and lower ends.
     """
     center = float(np.median(medians_ms))
     deviations = [value / center - 1 for value in medians_ms]
-    limit = min(_MOST_DEVIATION, max(0.02, *map(abs, deviations)))
+    limit = max(_LEAST_DEVIATION, *map(abs, deviations))
     scale = Scale(-limit, limit)
     root = svg.canvas(ROUNDS_HEIGHT, f"{name}: medians of its rounds, in the order of time")
     middle = ROUNDS_HEIGHT / 2
@@ -162,14 +161,14 @@ def rounds_strip(
 def _density(samples_ms: npt.NDArray[np.float64], scale: Scale) -> list[float]:
     """Return a Gaussian kernel density at equal distances of the scale; 1 at its highest.
 
-    The width of the kernel is Silverman's rule of thumb (*Density Estimation*, 1986,
-    equation 3.31).
+    The kernel is half as wide as Silverman's rule of thumb has it (*Density Estimation*,
+    1986, equation 3.31), which is made for one mode: latencies often have two.
     """
     places = np.array([scale.place(float(value)) for value in samples_ms if value <= scale.high])
     quartiles = np.percentile(places, [25, 75])
     spreads = [float(places.std()), float(quartiles[1] - quartiles[0]) / 1.34]
     spread = min([value for value in spreads if value > 0], default=0.0)
-    width = max(0.9 * spread * len(places) ** -0.2, 0.4)
+    width = max(0.45 * spread * len(places) ** -0.2, 0.4)
     edges = np.linspace(0, 100, _CURVE_POINTS)
     counts, _ = np.histogram(places, bins=np.linspace(0, 100, 1001))
     centers = np.linspace(0.05, 99.95, 1000)

@@ -16,7 +16,7 @@ from parnet_export.console import format_ms, format_percent, format_ratio
 if TYPE_CHECKING:
     from parnet_bench.result import Row
 
-_INK = re.compile(r"\n\s*")
+_BETWEEN_TAGS = re.compile(r"\n\s*(?=<)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class RowTimelineView:
     facts
         Overlap and critical path, in a line.
     is_open
-        Whether the page shows it at once.
+        Whether the page shows it at once: it is dull with a single lane.
     """
 
     svg: str
@@ -38,7 +38,7 @@ class RowTimelineView:
     is_open: bool
 
 
-def timeline_view(row: Row, *, is_open: bool) -> RowTimelineView | None:
+def timeline_view(row: Row) -> RowTimelineView | None:
     """Return the picture of a row's recorded inference; None where there is none.
 
     Raises
@@ -62,4 +62,4 @@ def timeline_view(row: Row, *, is_open: bool) -> RowTimelineView | None:
         f"critical path {path}"
     )
     svg = render_timeline_svg(ran, happened, analysis, name)
-    return RowTimelineView(_INK.sub("", svg), facts, is_open)
+    return RowTimelineView(_BETWEEN_TAGS.sub("", svg), facts, is_open=len(ran.lanes) > 1)

@@ -70,7 +70,9 @@ class Scale:
         return found[:most] if len(found) > 1 else self._linear_ticks(most)
 
 
-def scale_for(values: Iterable[float], *, include: Iterable[float] = ()) -> Scale:
+def scale_for(
+    values: Iterable[float], *, include: Iterable[float] = (), room: float = _MARGIN
+) -> Scale:
     """Return a scale on which all values lie, with some room at both ends.
 
     Parameters
@@ -79,17 +81,19 @@ def scale_for(values: Iterable[float], *, include: Iterable[float] = ()) -> Scal
         At least one; on the way to a logarithmic scale all must be positive.
     include
         Further values that must be on the scale, such as the 1 of ratios.
+    room
+        Left free at either end, as a part of what lies between the values.
     """
     inside = sorted([*values, *include])
     low, high = inside[0], inside[-1]
     if low == high:
-        spread = abs(low) / 10 or 1.0
+        spread = abs(low) / 10 or 1.0  # one value lies in the middle
         return Scale(low - spread, high + spread)
     if low > 0 and high / low >= _LOG_FROM:
-        room = (high / low) ** _MARGIN
-        return Scale(low / room, high * room, logarithmic=True)
-    room = _MARGIN * (high - low)
-    return Scale(low - room if low < 0 else max(low - room, 0.0), high + room)
+        factor = (high / low) ** room
+        return Scale(low / factor, high * factor, logarithmic=True)
+    free = room * (high - low)
+    return Scale(low - free if low < 0 else max(low - free, 0.0), high + free)
 
 
 def _round_step(least: float) -> float:

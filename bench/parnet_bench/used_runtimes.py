@@ -17,8 +17,7 @@ def used_runtimes(result: Result) -> dict[str, str]:
     A result notes what is installed, and rows note their devices: what no device of them
     can run on is left out.
     """
-    devices = {row.description.devices for row in (*result.rows, *result.failed)}
-    is_on_cpu = all(device.startswith("cpu") for device in devices)
+    is_on_cpu = all(row.description.devices.startswith("cpu") for row in result.rows)
     names = _ON_CPU if is_on_cpu else _ON_GPU
     return {
         name: version
