@@ -113,7 +113,9 @@ def _row(name: str, before: RowDescription, after: RowDescription) -> Iterator[D
     )
     if before.plan and after.plan:  # old files do not tell
         yield from _differing(
-            name, ("the plan", before.plan, after.plan), ("the number of lanes", before.lanes, after.lanes)
+            name,
+            ("the plan", before.plan, after.plan),
+            ("the number of lanes", before.lanes, after.lanes),
         )
 
 

@@ -14,7 +14,7 @@ _LOG_FROM = 4.0
 """A largest value so many times the smallest takes a logarithmic scale."""
 
 _MARGIN = 0.04
-_MOST_TICKS = 7
+_MOST_STEPS = 7
 _PER_DECADE = ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
 _WITHIN_DECADE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
 
@@ -47,27 +47,27 @@ class Scale:
             return 100 * math.log(value / self.low) / math.log(self.high / self.low)
         return 100 * (value - self.low) / (self.high - self.low)
 
-    def ticks(self, most: int = _MOST_TICKS) -> tuple[tuple[float, str], ...]:
-        """Return round values on the scale as places and labels, no more than `most`."""
-        values = self._log_ticks(most) if self.logarithmic else self._linear_ticks(most)
+    def ticks(self) -> tuple[tuple[float, str], ...]:
+        """Return a few round values on the scale as places and labels."""
+        values = self._log_ticks() if self.logarithmic else self._linear_ticks()
         return tuple((self.place(value), _label(value, values)) for value in values)
 
-    def _linear_ticks(self, most: int) -> list[float]:
-        step = _round_step((self.high - self.low) / most)
+    def _linear_ticks(self) -> list[float]:
+        step = _round_step((self.high - self.low) / _MOST_STEPS)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [count * step for count in range(first, last + 1)][:most]
+        return [count * step for count in range(first, last + 1)]
 
-    def _log_ticks(self, most: int) -> list[float]:
+    def _log_ticks(self) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         found: list[float] = []
         for multiples in (_WITHIN_DECADE, *_PER_DECADE):
             candidates = [m * 10.0**decade for decade in decades for m in multiples]
             found = [value for value in candidates if self.low <= value <= self.high]
-            if len(found) <= most:
+            if len(found) <= _MOST_STEPS:
                 break
         # Few round numbers lie on a scale that spans little.
-        return found[:most] if len(found) > 1 else self._linear_ticks(most)
+        return found if len(found) > 1 else self._linear_ticks()
 
 
 def scale_for(
