@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from parnet_bench.findings import find
 from parnet_bench.used_runtimes import used_runtimes
 from parnet_export.console import format_shape
 
@@ -12,9 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from parnet_bench.environment import Environment
-    from parnet_bench.result import Result, Row, RowDescription
+    from parnet_bench.findings import Kind
+    from parnet_bench.result import Result, RowDescription
 
 _OURSELVES = "parnet-export"
+_DISTURBING: frozenset[Kind] = frozenset(
+    {"partial", "unsettled", "drift", "throttled", "steal", "neighbours", "load"}
+)
+"""Findings by which one result alone may have become slower or faster than it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +136,10 @@ def _differing(row: str, *facts: tuple[str, object, object]) -> Iterator[Differe
 
 
 def _remarks(before: Result, after: Result) -> Iterator[str]:
-    for name, result in (("first", before), ("second", after)):
-        if result.partial:
-            yield f"The {name} result is partial: its measurement was interrupted."
+    for name, result in (("First", before), ("Second", after)):
+        for finding in find(result):
+            if finding.kind in _DISTURBING:
+                yield f"{name} result: {finding.sentence}"
     one, two = before.environment, after.environment
     if one.affinity != two.affinity:
         yield f"Usable cores were {_cores(one)} first, and {_cores(two)} then."
@@ -151,20 +158,17 @@ def _remarks(before: Result, after: Result) -> Iterator[str]:
         if name not in known:
             yield f"{name} is in the second result alone."
         else:
-            yield from _row_remarks(name, known[name], row)
+            yield from _row_remarks(name, known[name].description, row.description)
 
 
-def _row_remarks(name: str, before: Row, after: Row) -> Iterator[str]:
+def _row_remarks(name: str, before: RowDescription, after: RowDescription) -> Iterator[str]:
     for what, one, two in (
-        ("parameters", before.description.parameters, after.description.parameters),
-        ("FLOPs", before.description.flops, after.description.flops),
-        ("depth", before.description.depth, after.description.depth),
+        ("parameters", before.parameters, after.parameters),
+        ("FLOPs", before.flops, after.flops),
+        ("depth", before.depth, after.depth),
     ):
         if one != two:
             yield f"{name} has changed: {one:,} {what} first, and {two:,} then."
-    for which, row in (("first", before), ("second", after)):
-        if not row.recording.settled:
-            yield f"{name} had not settled in the {which} result."
 
 
 def _cores(environment: Environment) -> str:

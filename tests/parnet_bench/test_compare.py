@@ -236,7 +236,8 @@ def test_a_row_that_fails_in_the_second_result_is_named_with_its_reason(measured
         (in_environment(affinity=(0,)), "Usable cores were 0, 1, 2, 3 first, and 0 then."),
         (with_libraries(numpy="2.1"), "numpy was 2.0 first, and 2.1 then."),
         (described(flops=1), "a has changed: 306,632,000 FLOPs first, and 1 then."),
-        (lambda r: replace(r, stopped="interrupted"), "The second result is partial"),
+        (lambda r: replace(r, stopped="interrupted"), "Second result: Partial: interrupted"),
+        (in_environment(load_average=(9.0, 0.0, 0.0)), "Second result: The machine was busy"),
     ],
 )
 def test_what_may_differ_is_remarked_on(measured, change, remark):
