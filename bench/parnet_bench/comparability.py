@@ -74,7 +74,15 @@ def refusals(before: Result, after: Result) -> tuple[Difference, ...]:
 
 def remarks(before: Result, after: Result) -> tuple[str, ...]:
     """Return what may differ, but makes a comparison no less meaningful, as sentences."""
-    return tuple(_remarks(before, after))
+    found = [*_disturbances(before, after), *_environment_remarks(before, after)]
+    known = {row.description.name: row.description for row in before.rows}
+    for row in after.rows:
+        name = row.description.name
+        if name not in known:
+            found.append(f"{name} is in the second result alone.")
+        else:
+            found += _row_remarks(name, known[name], row.description)
+    return tuple(found)
 
 
 def _machine(before: Environment, after: Environment) -> Iterator[Difference]:
@@ -135,11 +143,14 @@ def _differing(row: str, *facts: tuple[str, object, object]) -> Iterator[Differe
             yield Difference(row, what, *("" if v is None else str(v) for v in (before, after)))
 
 
-def _remarks(before: Result, after: Result) -> Iterator[str]:
+def _disturbances(before: Result, after: Result) -> Iterator[str]:
     for name, result in (("First", before), ("Second", after)):
         for finding in find(result):
             if finding.kind in _DISTURBING:
                 yield f"{name} result: {finding.sentence}"
+
+
+def _environment_remarks(before: Result, after: Result) -> Iterator[str]:
     one, two = before.environment, after.environment
     if one.affinity != two.affinity:
         yield f"Usable cores were {_cores(one)} first, and {_cores(two)} then."
@@ -152,13 +163,6 @@ def _remarks(before: Result, after: Result) -> Iterator[str]:
         versions = one.libraries.get(name, "absent"), two.libraries.get(name, "absent")
         if versions[0] != versions[1]:
             yield f"{name} was {versions[0]} first, and {versions[1]} then."
-    known = {row.description.name: row for row in before.rows}
-    for row in after.rows:
-        name = row.description.name
-        if name not in known:
-            yield f"{name} is in the second result alone."
-        else:
-            yield from _row_remarks(name, known[name].description, row.description)
 
 
 def _row_remarks(name: str, before: RowDescription, after: RowDescription) -> Iterator[str]:
