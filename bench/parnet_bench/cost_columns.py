@@ -100,7 +100,6 @@ def peaks_for(result: Result, row: Row) -> Peaks | None:
 def cells_of(costs: RowCosts) -> tuple[Cell, ...]:
     """Return the figures of `HEADINGS`, the row's name included."""
     reached = costs.achieved
-    energy = costs.j_per_inference
     return (
         Cell(costs.name),
         Cell(format_count(costs.parameters)),
@@ -112,7 +111,7 @@ def cells_of(costs: RowCosts) -> tuple[Cell, ...]:
         Cell(NONE if costs.load_ms is None else format_ms(costs.load_ms)),
         _bytes(costs.peak_host_bytes),
         _bytes(costs.peak_device_bytes),
-        Cell(NONE if energy is None else f"{format_ms(1000 * energy).removesuffix(' ms')} mJ"),
+        Cell(NONE if costs.j_per_inference is None else _energy(costs.j_per_inference)),
         Cell(format_count(reached.flops_per_s)),
         _share(reached.flops_share),
         _bytes(reached.bytes_per_s),
@@ -176,6 +175,10 @@ def _costs(row: Row, summary: RowSummary, peaks: Peaks | None) -> RowCosts:
         j_per_inference=row.energy.j_per_inference if row.energy else None,
         achieved=achieved(summary.median_ms, description.flops * description.batch, traffic, peaks),
     )
+
+
+def _energy(joules: float) -> str:
+    return f"{joules:.3g} J" if joules >= 1 else f"{1000 * joules:.3g} mJ"
 
 
 def _bytes(size: float | None) -> Cell:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from parnet_bench.statistics import Interval
     from parnet_bench.summary import RowSummary
 
-_COLOURS = 8
+_COLOURS = 12
 _NS_PER_MS = 1e6
 _MILLISECONDS = "milliseconds"
 

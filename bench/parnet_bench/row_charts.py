@@ -29,6 +29,7 @@ _CURVE_POINTS = 161
 _MOST_DASHES = 160
 _SHOWN_PERCENT = 99.0  # of the slowest row; what lies beyond is counted
 _CURVE_HEIGHT = 42
+_DOT_WIDTH = 4.0  # of a ratio, in percent of a phone's width
 _LEAST_DEVIATION = 0.02  # at either end of a strip, or noise would look large
 
 
@@ -102,10 +103,12 @@ def ratio_strip(
     one, middle = svg.percent(scale.place(1.0)), RATIO_HEIGHT / 2
     svg.add(root, "line", "one", x1=one, x2=one, y1=0, y2=RATIO_HEIGHT)
     if interval is not None:
-        low, high = (svg.percent(scale.place(end)) for end in (interval.low, interval.high))
+        places = [scale.place(end) for end in (interval.low, interval.high)]
+        low, high = map(svg.percent, places)
         svg.add(root, "line", "range", x1=low, x2=high, y1=middle, y2=middle)
-        for end in (low, high):
-            svg.add(root, "line", "range", x1=end, x2=end, y1=middle - 6, y2=middle + 6)
+        if places[1] - places[0] > _DOT_WIDTH:  # behind the dot they would look like a cross
+            for end in (low, high):
+                svg.add(root, "line", "range", x1=end, x2=end, y1=middle - 6, y2=middle + 6)
     x = svg.percent(scale.place(ratio))
     if is_reference:
         svg.add(root, "circle", "dot hollow", cx=x, cy=middle, r=5)

@@ -15,8 +15,15 @@ _LOG_FROM = 4.0
 
 _MARGIN = 0.04
 _MOST_STEPS = 7
-_PER_DECADE = ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
-_WITHIN_DECADE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+# Multiples of powers of ten, ever fewer: the first ones that are not too many are the ticks.
+_PER_DECADE: tuple[tuple[float, ...], ...] = (
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8),
+    (1, 1.5, 2, 3, 4, 6),
+    (1, 2, 3, 5),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class Scale:
     def _log_ticks(self) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         found: list[float] = []
-        for multiples in (_WITHIN_DECADE, *_PER_DECADE):
+        for multiples in _PER_DECADE:
             candidates = [m * 10.0**decade for decade in decades for m in multiples]
             found = [value for value in candidates if self.low <= value <= self.high]
             if len(found) <= _MOST_STEPS:
