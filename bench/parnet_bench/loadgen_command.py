@@ -40,6 +40,13 @@ def loadgen(
         Literal["single-stream", "multi-stream", "offline", "server"],
         typer.Option(help="How queries arrive."),
     ] = "single-stream",
+    devices: Annotated[
+        str, typer.Option(help="Where to run: cpu, or cores such as cpu:0,cpu:1.")
+    ] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU cores that a row may use; all by default.", metavar="N"),
+    ] = None,
     form: Annotated[
         Literal["unfused", "whole", "streams"] | None,
         typer.Option(help="Run this form of the targets only. Default: all there are."),
@@ -86,13 +93,14 @@ def loadgen(
         Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
     ] = None,
 ) -> None:
-    """Run networks under MLPerf's load generator, by its rules, on the CPU.
+    """Run networks under MLPerf's load generator, by its rules.
 
     Takes at least ten minutes for each form of each target. Needs the extra `loadgen`.
     """
     from parnet_bench.environment import read_environment
     from parnet_bench.loadgen import Load, import_loadgen
     from parnet_bench.rows import Request, plan_rows
+    from parnet_engines.devices import parse_devices
     from parnet_export import console, files
     from parnet_export.errors import InputError
 
@@ -101,6 +109,9 @@ def loadgen(
         raise InputError(
             "--scenario server", "takes a number of queries per second", "Give --target-qps"
         )
+    cores = sum(len(device.cores) for device in parse_devices(devices))
+    if threads is not None and threads > cores:
+        raise InputError("--threads", f"{devices} has {cores} usable cores", "Use fewer")
     if output is not None:
         files.require_writable(output)
     place = logs or (output.with_suffix(".loadgen") if output else Path(f"loadgen-{scenario}"))
@@ -111,6 +122,8 @@ def loadgen(
         batches=() if batch is None else (batch,),
         resolution=resolution,
         precision=precision,
+        devices=devices,
+        threads=threads,
         seed=seed,
     )
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
@@ -164,6 +177,7 @@ def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
         devices=row.description.devices,
         cores=row.description.cores,
         sizes=row.sizes,
+        lanes=row.description.lanes,
     )
     run_scenario(ScenarioJob(job, load, str(folder)))
     return _Run(row, load, read_outcome(folder, load.scenario), folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -169,8 +170,12 @@ def run_scenario(work: ScenarioJob) -> None:
         check=False,
     )
     if not done.stdout:
-        if done.returncode == _INTERRUPTED or done.returncode < 0:
+        if done.returncode in {_INTERRUPTED, -signal.SIGINT}:
             raise KeyboardInterrupt
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            raise ParnetError(f"The row's process was ended by {name}. Memory may have run out.")
+        # A bug of ours: the process has printed its traceback.
         raise RuntimeError(f"the scenario's process ended with exit code {done.returncode}")
     ended = msgspec.json.decode(done.stdout, type=_Ended)
     if ended.error:
@@ -202,7 +207,10 @@ def serve(work: ScenarioJob) -> None:
     module = generator.import_loadgen()
     job, folder = work.job, Path(work.folder)
     use_cores(job.cores)
-    with Session.open(job.bundle, job.devices, plan=_plan(job), threads=len(job.cores)) as session:
+    opened = Session.open(
+        job.bundle, job.devices, plan=_plan(job), lanes=job.lanes, threads=len(job.cores)
+    )
+    with opened as session:
         load = work.load
         if not load.expected_ms:
             load = replace(load, expected_ms=_pilot_ms(session, job.sizes))

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
+import subprocess
 import threading
 from types import SimpleNamespace
 
 import pytest
 
-from parnet_bench import loadgen
+from parnet_bench import loadgen, loadgen_process
 from parnet_bench.cli import app
 from parnet_bench.loadgen import Load, import_loadgen, make_settings, read_outcome
-from parnet_bench.loadgen_process import SystemUnderTest
+from parnet_bench.loadgen_process import ScenarioJob, SystemUnderTest, run_scenario
+from parnet_bench.worker import Job
 from parnet_export import console
-from parnet_export.errors import InputError, MissingBackendError
+from parnet_export.errors import InputError, MissingBackendError, ParnetError
 
 SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
 mlperf = pytest.importorskip("mlperf_loadgen", reason="needs mlcommons-loadgen")
@@ -105,6 +108,13 @@ def test_a_short_run_reports_what_was_answered_and_keeps_its_log(
         assert outcome["percentile"] == (90 if scenario == "single-stream" else 99)
 
 
+def test_a_row_runs_on_the_cores_that_it_is_given(run, forked_bundle, tmp_path):
+    arguments = ("--form", "whole", "--threads", 1, "--break-rules-seconds", 0.1)
+    code, printed, _ = run(forked_bundle.path, *arguments, "--logs", tmp_path / "logs", "--json")
+    assert code == 0
+    assert len(json.loads(printed)["rows"][0]["cores"]) == 1
+
+
 def test_people_are_told_what_the_run_is_not(run, tiny_catalogue, tmp_path):
     arguments = ("resnet-tiny", "--form", "whole", "--break-rules-seconds", 0.2)
     code, table, _ = run(*arguments, "--logs", tmp_path / "logs")
@@ -120,6 +130,8 @@ def test_people_are_told_what_the_run_is_not(run, tiny_catalogue, tmp_path):
         (("--scenario", "server"), "Give --target-qps"),
         (("--form", "unfused", "--break-rules-seconds", 0.1), "no target has the form unfused"),
         (("--scenario", "offlime"), "--scenario"),
+        (("--devices", "cpu:banana"), "cpu:banana"),
+        (("--threads", 10_000), "cores"),
         (("--output", "."), "is a folder"),
     ],
 )
@@ -206,6 +218,30 @@ def test_a_row_that_fails_ends_the_test_and_leaves_no_query_open():
     alone.load_samples([0, 1])
     with pytest.raises(InputError, match="has failed"):
         alone.issue(queries(1))
+
+
+@pytest.mark.parametrize(
+    ("returncode", "error", "message"),
+    [
+        (130, KeyboardInterrupt, None),
+        (-signal.SIGINT, KeyboardInterrupt, None),
+        (-signal.SIGKILL, ParnetError, "ended by SIGKILL. Memory may have run out"),
+        (1, RuntimeError, "exit code 1"),
+    ],
+)
+def test_a_process_that_ends_without_an_answer(monkeypatch, returncode, error, message):
+    ended = subprocess.CompletedProcess((), returncode, stdout=b"")
+    monkeypatch.setattr(loadgen_process.subprocess, "run", lambda *_, **__: ended)
+    work = ScenarioJob(Job("", "whole", "cpu", (0,), {}), Load("offline", 1.0), "")
+    with pytest.raises(error, match=message):
+        run_scenario(work)
+
+
+def test_a_row_that_cannot_be_loaded_says_why(forked_bundle, tmp_path):
+    job = Job(str(tmp_path / "absent.bundle"), "whole", "cpu", (0,), {})
+    with pytest.raises(ParnetError, match="does not exist") as caught:
+        run_scenario(ScenarioJob(job, Load("offline", 1.0, seconds=0.1), str(tmp_path)))
+    assert caught.value.exit_code == 2
 
 
 def test_samples_may_be_unloaded_twice():
