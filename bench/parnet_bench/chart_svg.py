@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from parnet_bench.scale import Scale
 
@@ -118,11 +118,6 @@ def axis(scale: Scale, unit: str) -> str:
 def render(root: ET.Element) -> str:
     """Return a chart as text; equal charts give equal texts."""
     return ET.tostring(root, encoding="unicode")
-
-
-def join(values: Iterable[str]) -> str:
-    """Return classes as one attribute."""
-    return " ".join(filter(None, values))
 
 
 def percent(value: float) -> str:

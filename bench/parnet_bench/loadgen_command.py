@@ -115,7 +115,6 @@ def loadgen(
     if output is not None:
         files.require_writable(output)
     place = logs or (output.with_suffix(".loadgen") if output else Path(f"loadgen-{scenario}"))
-    files.make_directory(place)
     environment = read_environment()
     request = Request(
         targets=tuple(targets),
