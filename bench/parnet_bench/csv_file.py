@@ -48,7 +48,7 @@ def csv_text(result: Result) -> str:
 
 
 def _measured(result: Result, row: Row, summary: RowSummary, costs: RowCosts) -> Mapping[str, Any]:
-    description, pipelined = row.description, summary.pipelined
+    description, pipelined, split = row.description, summary.pipelined, summary.split
     figures: dict[str, Any] = {
         "row": description.name,
         "network": description.network,
@@ -78,6 +78,10 @@ def _measured(result: Result, row: Row, summary: RowSummary, costs: RowCosts) ->
         "samples_per_s": summary.samples_per_s,
         "in_flight": pipelined.in_flight if pipelined else None,
         "pipelined_samples_per_s": pipelined.samples_per_s if pipelined else None,
+        "host_to_device_ms": split.host_to_device_ms if split else None,
+        "compute_ms": split.compute_ms if split else None,
+        "device_to_host_ms": split.device_to_host_ms if split else None,
+        "enqueue_ms": split.enqueue_ms if split else None,
         "reference": summary.reference,
         "speedup": summary.speedup,
         **_ends("speedup", summary.speedup_interval),

@@ -24,7 +24,9 @@ def report(
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write the figures as comma-separated values; - prints them."),
+        typer.Option(
+            help="Write the figures as comma-separated values; - prints them.", metavar="TABLE"
+        ),
     ] = None,
 ) -> None:
     """Show a result as an HTML page, as Markdown, or as comma-separated values.

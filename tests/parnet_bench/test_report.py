@@ -30,7 +30,14 @@ from parnet_bench.page_view import view_of
 from parnet_bench.peaks import Peaks
 from parnet_bench.published import TOP1
 from parnet_bench.published_accuracy import CIFAR10, COCO, IMAGENET, published_accuracy
-from parnet_bench.result import FailedRow, ProcessRecording, Recording, RowTimeline
+from parnet_bench.result import (
+    FailedRow,
+    Pipelined,
+    ProcessRecording,
+    Recording,
+    RowTimeline,
+    SplitTimes,
+)
 from parnet_bench.result_file import as_dict, read_result
 from parnet_bench.summary import summarise
 from parnet_bench.used_runtimes import used_runtimes
@@ -398,6 +405,37 @@ def test_csv_has_a_line_for_each_row_with_units_in_the_names(full):
     assert lines[0]["engine_bytes"] == ""
     assert lines[2]["failed"] == "It ran out of memory."
     assert lines[2]["median_ms"] == ""
+
+
+def test_parts_of_an_inference_are_shown_where_a_backend_tells_them(full):
+    process = full.rows[0].recording.processes[0]
+
+    def part(ms):
+        return tuple(tuple(round(ms * 1e6) for _ in turn) for turn in process.rounds_ns)
+
+    split = SplitTimes(part(0.25), part(9.0), part(0.125), part(0.5))
+    recorded = Recording((replace(process, split=split),))
+    on_gpu = replace(full, rows=(replace(full.rows[0], recording=recorded), full.rows[1]))
+    table = view_of(on_gpu).figures
+    assert table.headings[-4:] == ("to device", "compute", "to host", "enqueue")
+    cells = [[cell.text for cell in row[-4:]] for row in table.rows]
+    assert cells == [["0.250", "9.00", "0.125", "0.500"], ["-"] * 4]
+    lines = list(csv.DictReader(io.StringIO(csv_text(on_gpu))))
+    assert [line["compute_ms"] for line in lines] == ["9.0", "", ""]
+    assert "enqueue" not in view_of(full).figures.headings
+
+
+def test_what_several_in_flight_reach_is_shown(full):
+    process = full.rows[0].recording.processes[0]
+    latencies = tuple((20_000_000,) * 4 for _ in process.rounds_ns)
+    elapsed = tuple(40_000_000 for _ in process.rounds_ns)  # 4 samples in 40 ms
+    recorded = Recording((replace(process, pipelined=Pipelined(2, latencies, elapsed)),))
+    in_flight = replace(full, rows=(replace(full.rows[0], recording=recorded), full.rows[1]))
+    table = view_of(in_flight).figures
+    assert table.headings[-2:] == ("in flight", "samples/s then")
+    assert [[cell.text for cell in row[-2:]] for row in table.rows] == [["2", "100.0"], ["-", "-"]]
+    lines = list(csv.DictReader(io.StringIO(csv_text(in_flight))))
+    assert float(lines[0]["pipelined_samples_per_s"]) == pytest.approx(100)
 
 
 @pytest.fixture
