@@ -128,9 +128,14 @@ def test_turns_are_tallied_for_each_row(tmp_path):
 def test_a_turn_that_fails_counts_for_nothing(tmp_path):
     counters = Counters(tmp_path)
     tally = EnergyTally(find_meter(powercap=tmp_path))
-    with pytest.raises(ZeroDivisionError), tally.turn("a", 4):
-        counters.set("intel-rapl:0", 3_000_000)
-        raise ZeroDivisionError
+
+    def fail():
+        with tally.turn("a", 4):
+            counters.set("intel-rapl:0", 3_000_000)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert tally.of("a").j_per_inference is None
 
 
