@@ -15,6 +15,7 @@ from parnet_bench import (
     env_command,
     latency_command,
     loadgen_command,
+    paper_command,
     report_command,
 )
 from parnet_export import console
@@ -31,6 +32,7 @@ compare_command.register(app)
 report_command.register(app)
 env_command.register(app)
 loadgen_command.register(app)
+paper_command.register(app)
 
 
 def main() -> None:
