@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from parnet_bench.result import Result
 
 _NONE = "-"
-_SPEEDS = frozenset({"latency ms", "samples/s", "speed-up", "95 %"})
+_SPEEDS = frozenset({"ms", "samples/s", "speed-up", "95 %"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def render(comparison: Comparison, result: Result) -> Group:
     tables = []
     for shown in (speeds, [column for column in columns if column not in speeds]):
         table = Table(title_justify="left")
-        table.add_column("")
+        table.add_column("", min_width=12, overflow="fold")
         for column in shown:
             table.add_column(f"{column.heading}\n{column.origin}", justify="right")
         for number, row in enumerate(comparison.rows):
@@ -181,8 +181,8 @@ def _percent(value: float | None) -> str:
 _Figure = tuple[str, str, "Callable[[PaperRow], str]"]
 
 _FIGURES: tuple[_Figure, ...] = (
-    ("latency ms", "paper", lambda row: _digits(row.published.latency_or_inverse_ms)),
-    ("latency ms", "here", lambda row: _digits(row.measured.latency_ms if row.measured else None)),
+    ("ms", "paper", lambda row: _digits(row.published.latency_or_inverse_ms)),
+    ("ms", "here", lambda row: _digits(row.measured.latency_ms if row.measured else None)),
     ("samples/s", "paper", lambda row: _digits(row.published.samples_per_s)),
     (
         "samples/s",
