@@ -2,7 +2,7 @@
 
 
 # An option is a parameter, and typer reads the annotations at run time.
-# ruff: noqa: PLR0917, TC003
+# ruff: noqa: TC003
 
 from __future__ import annotations
 

@@ -37,5 +37,10 @@ def render_page(result: Result) -> str:
     Styles and pictures are in it; it runs no script and loads nothing. It follows the
     reader's choice of a light or dark theme, and fits the width of a phone.
     """
+    return render_template("report.html", page=view_of(result))
+
+
+def render_template(name: str, **values: object) -> str:
+    """Return one of the package's templates, filled in and styled like every page."""
     style = _TEMPLATES.get_template("report.css").render()
-    return _TEMPLATES.get_template("report.html").render(page=view_of(result), style=style)
+    return _TEMPLATES.get_template(name).render(style=style, **values)

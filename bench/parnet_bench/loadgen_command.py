@@ -2,7 +2,6 @@
 
 
 # An option is a parameter.
-# ruff: noqa: PLR0917
 
 from __future__ import annotations
 
