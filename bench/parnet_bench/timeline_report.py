@@ -193,7 +193,8 @@ def _facts(report: TimelineReport) -> Iterator[str]:
 
 
 def _lane_table(report: TimelineReport) -> Table:
-    table = _table("cores", "runs ms", "copies ms", "at work", "longest gap ms", first="lane")
+    table = _table("cores", "runs ms", "copies ms", "at work", first="lane")
+    table.add_column("longest gap ms", overflow="fold")
     lanes = {lane.name: lane for lane in report.lanes}
     gaps = report.analysis.gaps  # the longest first
     for use in report.analysis.lanes:
@@ -236,9 +237,9 @@ def _table(*headings: str, first: str) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold", min_width=12)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

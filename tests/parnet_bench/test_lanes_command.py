@@ -159,18 +159,29 @@ def test_what_is_not_as_claimed_fails(run, monkeypatch):
     assert "1 of 1 results are not as claimed. Repeat it on a machine" in err
 
 
-def test_predictions_and_comparisons_are_told_with_their_errors(run, monkeypatch):
-    quick = partial(check_delays, total_ms=20.0)
+def test_predictions_are_told_with_their_errors(run, monkeypatch):
+    quick = partial(check_delays, total_ms=12.0)
     monkeypatch.setattr("parnet_bench.simulator_check.check_delays", quick)
     arguments = ("--network", SMALL, "--repetitions", 1, "--inferences", 3, "--lanes", 1)
     code, out, _ = run("simulator", *arguments)
     assert code in {0, 1}
     assert out.count("delays on") == 3
     assert "from what segments take alone" in out
-    code, out, _ = run("auto", "--network", SMALL, "--budget-s", 0.1)
-    assert code in {0, 1}
-    assert "times auto" in out
+
+
+def test_comparisons_are_told_with_their_intervals(run, monkeypatch):
+    def compared(name, _bundle, **_):
+        against = {"1 thread": Ratio(1.25, 1.2, 1.3, 40), "2 threads": Ratio(2, 1.9, 2.1, 40)}
+        latencies_ms = {"auto": 2.0, "1 thread": 2.5, "2 threads": 4.0}
+        return Comparison(name, "streams", latencies_ms, against, "1 thread", 1.1)
+
+    monkeypatch.setattr(lane_comparison, "compare", compared)
+    code, out, err = run("auto", "--network", SMALL)
+    assert (code, err) == (0, "")
+    assert f"{SMALL}: auto takes streams, 2.000 ms" in out
+    assert "2.500 ms, 1.250 times auto (1.200 to 1.300, 40 rounds), the best" in out
     assert out.count(", the best") == 1
+    assert "limit: the best of 1 and 2 threads, 1.100 times auto" in out
 
 
 def test_an_unknown_network_is_refused_before_anything_is_measured(run):
