@@ -15,7 +15,9 @@ from parnet_export.console import format_ms, format_percent, format_ratio
 
 if TYPE_CHECKING:
     from parnet_bench.result import Row
+    from parnet_engines.timeline import TimelineAnalysis
 
+_NS_PER_MS = 1e6
 _BETWEEN_TAGS = re.compile(r"\n\s*(?=<)")
 
 
@@ -52,14 +54,20 @@ def timeline_view(row: Row) -> RowTimelineView | None:
     ran = program.decode(msgspec.json.encode(row.timeline.program), name)
     happened = recording.decode(msgspec.json.encode(row.timeline.recording), name)
     analysis = analyse(ran, happened)
+    facts = _facts(analysis) if len(ran.lanes) > 1 else _took(analysis) + " on one lane"
+    svg = render_timeline_svg(ran, happened, analysis, name)
+    return RowTimelineView(_BETWEEN_TAGS.sub("", svg), facts, is_open=len(ran.lanes) > 1)
+
+
+def _facts(analysis: TimelineAnalysis) -> str:
     path = " > ".join(
         dict.fromkeys(p.span.label for p in analysis.critical_path if p.span.kind == "run")
     )
-    facts = (
-        f"{format_ms(analysis.wall.total_ns / 1e6)}, lanes overlap "
-        f"{format_percent(analysis.overlap)} of the time, "
-        f"{format_ratio(analysis.parallel_gain)} against one after another; "
-        f"critical path {path}"
+    return (
+        f"{_took(analysis)}, lanes overlap {format_percent(analysis.overlap)} of the time, "
+        f"{format_ratio(analysis.parallel_gain)} against one after another; critical path {path}"
     )
-    svg = render_timeline_svg(ran, happened, analysis, name)
-    return RowTimelineView(_BETWEEN_TAGS.sub("", svg), facts, is_open=len(ran.lanes) > 1)
+
+
+def _took(analysis: TimelineAnalysis) -> str:
+    return format_ms(analysis.wall.total_ns / _NS_PER_MS)

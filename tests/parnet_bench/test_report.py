@@ -58,8 +58,8 @@ def rounds(center_ns, seed, count=12, runs=8):
     return samples.astype(int).tolist()
 
 
-def timeline():
-    """Two segments side by side on two lanes, 4 and 3 ms, after a stem of 1 ms."""
+def timeline(lanes=2):
+    """Two segments, 4 and 3 ms, side by side where there are two lanes, after 1 ms of stem."""
 
     def tensor(name):
         return TensorSpec(name, "int8", (1000,))
@@ -75,10 +75,10 @@ def timeline():
         segment("head", "l r", "y"),
     )
     graph = StreamGraph((tensor("image"),), (tensor("y"),), segments)
-    lanes = (Lane("lane0", "cpu"), Lane("lane1", "cpu"))
-    places = {"stem": 0, "left": 0, "right": 1, "head": 0}
+    names = ("lane0", "lane1")[:lanes]
+    places = {"stem": 0, "left": 0, "right": lanes - 1, "head": 0}
     assigned = tuple(Assignment(name, f"lane{lane}") for name, lane in places.items())
-    lowered = lower(graph, Placement(lanes, assigned))
+    lowered = lower(graph, Placement(tuple(Lane(name, "cpu") for name in names), assigned))
     latencies_ms = {"stem": 1.0, "left": 4.0, "right": 3.0, "head": 2.0}
     costs = CostTable(
         tuple(
@@ -234,6 +234,15 @@ def test_lanes_are_drawn_with_their_overlap_and_critical_path(full):
     assert html.count('class="timeline"') == 2
     assert "lanes overlap 42.9 % of the time" in page.text  # 3 of 7 ms
     assert "critical path stem > left > head" in page.text
+
+
+def test_a_single_lane_has_no_overlap_to_speak_of(full):
+    alone = replace(full, rows=tuple(replace(r, timeline=timeline(lanes=1)) for r in full.rows))
+    page = Page(render_page(alone))
+    assert "10.0 ms on one lane" in page.text
+    assert "lanes overlap" not in page.text
+    assert ("details", {"open": None}) not in page.elements
+    assert ("details", {"open": None}) in Page(render_page(full)).elements
 
 
 def test_a_result_without_timelines_has_no_lanes(simple):
