@@ -162,9 +162,9 @@ class _Run:
 
 
 def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
+    from parnet_bench.job import Job
     from parnet_bench.loadgen import read_outcome
     from parnet_bench.loadgen_process import ScenarioJob, run_scenario
-    from parnet_bench.worker import Job
     from parnet_export import files
 
     folder = place / re.sub(r"[^\w.-]+", "-", row.description.name)

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from parnet_bench import loadgen as generator
+from parnet_bench.job import Job  # noqa: TC001  # msgspec reads it
 from parnet_bench.loadgen import Load, make_log_settings, make_settings
-from parnet_bench.worker import Job, end_with_parent, use_cores
+from parnet_bench.own_process import end_with_parent, use_cores
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.session import Session
+    from parnet_engines.base_session import AnySession
 
     Inputs = Mapping[str, NDArray[Any]]
 
@@ -84,7 +85,7 @@ class SystemUnderTest:
     """
 
     def __init__(
-        self, session: Session, loadgen: Any, load: Load, sizes: Mapping[str, int]
+        self, session: AnySession, loadgen: Any, load: Load, sizes: Mapping[str, int]
     ) -> None:
         self._session = session
         self._loadgen = loadgen
@@ -233,7 +234,7 @@ def _plan(job: Job) -> Any:
     return job.plan if job.plan in {"whole", "streams", "authors"} else Path(job.plan)
 
 
-def _pilot_ms(session: Session, sizes: Mapping[str, int]) -> float:
+def _pilot_ms(session: AnySession, sizes: Mapping[str, int]) -> float:
     """Return about what one inference takes, after the first ones."""
     from parnet_export.samples import make_samples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -312,20 +313,22 @@ class _Planner:
 
     def _program_file(self, row: PlannedRow) -> str:
         """Choose a plan by measuring, once for all processes, and return where it lies."""
-        from parnet_engines.plan_option import choose_program
+        from parnet_engines.plan_option import choose
         from parnet_engines.program import encode
+        from parnet_engines.session import Session
 
         description = row.description
         with self._working(f"choosing a plan for {description.name}"):
-            program = choose_program(
+            choice = choose(
                 row.bundle,
                 description.devices,
                 "auto",
+                open_program=partial(Session.load, row.bundle),
                 lanes=description.lanes,
                 threads=len(description.cores) or None,
             )
         path = self._workspace / f"{len(list(self._workspace.iterdir()))}.program.json"
-        files.write_bytes(path, encode(program.program))
+        files.write_bytes(path, encode(choice.program.program))
         return str(path)
 
 

@@ -1,7 +1,6 @@
 """The ``parnet-bench timeline`` command: what lanes really do, and why they do not overlap."""
 
 # An option is a parameter.
-# ruff: noqa: PLR0917
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from parnet_engines.base_session import AnySession
     from parnet_engines.cost_table import CostTable
     from parnet_engines.placement import Lane
-    from parnet_engines.session import Session
     from parnet_engines.timeline import Gap, TimelineAnalysis
 
 _NS_PER_MS = 1e6
@@ -66,7 +66,7 @@ class TimelineReport:
 
 
 def record(
-    session: Session, inputs: Mapping[str, NDArray[Any]], *, inferences: int, warm_ups: int
+    session: AnySession, inputs: Mapping[str, NDArray[Any]], *, inferences: int, warm_ups: int
 ) -> Recording:
     """Return what a session that records does, warmed up.
 
@@ -101,7 +101,7 @@ def typical(recording: Recording, in_flight: int) -> Recording:
 
 
 def report_on(
-    session: Session,
+    session: AnySession,
     recording: Recording,
     *,
     network: str,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from parnet_engines.base_session import AnySession
     from parnet_engines.session import Plan
     from parnet_export.bundle import Bundle
     from parnet_export.detection_form import DetectionOutput
@@ -55,7 +56,9 @@ class Detector:
         Which boxes are returned.
     """
 
-    def __init__(self, session: Session, output: DetectionOutput, suppression: Suppression) -> None:
+    def __init__(
+        self, session: AnySession, output: DetectionOutput, suppression: Suppression
+    ) -> None:
         self._session = session
         self._output = output
         self.suppression = suppression

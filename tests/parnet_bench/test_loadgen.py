@@ -11,9 +11,9 @@ import pytest
 
 from parnet_bench import loadgen, loadgen_process
 from parnet_bench.cli import app
+from parnet_bench.job import Job
 from parnet_bench.loadgen import Load, import_loadgen, make_settings, read_outcome
 from parnet_bench.loadgen_process import ScenarioJob, SystemUnderTest, run_scenario
-from parnet_bench.worker import Job
 from parnet_export import console
 from parnet_export.errors import InputError, MissingBackendError, ParnetError
 
