@@ -10,7 +10,18 @@ import sys
 
 import typer
 
-from parnet_bench import env_command, latency_command
+from parnet_bench import (
+    compare_command,
+    costs_command,
+    env_command,
+    lanes_command,
+    latency_command,
+    loadgen_command,
+    paper_command,
+    plan_command,
+    report_command,
+    timeline_command,
+)
 from parnet_export import console
 
 app = typer.Typer(
@@ -20,8 +31,19 @@ app = typer.Typer(
     help="Measure the latency of networks so that the numbers hold up.",
 )
 
-latency_command.register(app)
-env_command.register(app)
+for command in (
+    latency_command,
+    compare_command,
+    report_command,
+    paper_command,
+    plan_command,
+    costs_command,
+    timeline_command,
+    lanes_command,
+    loadgen_command,
+    env_command,
+):
+    command.register(app)
 
 
 def main() -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from parnet_export.bundle import Bundle
 
 _PROC = Path("/proc")
 _PEAK_FIELD = "VmHWM"
-_NS_PER_MS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +53,6 @@ class GraphSizes:
     weights_bytes: int
     activation_bytes: int
     graph_bytes: int
-
-
-class LoadWatch:
-    """Measures the way to the first result.
-
-    Make it before anything of the row is imported or opened.
-
-    Parameters
-    ----------
-    clock
-        A monotonic clock in nanoseconds.
-    """
-
-    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
-        self._clock = clock
-        self._start_ns = clock()
-
-    def first_result(self) -> float:
-        """Return the milliseconds since the watch was made."""
-        return (self._clock() - self._start_ns) / _NS_PER_MS
 
 
 def graph_sizes(bundle: Bundle, plan: Literal["whole", "streams"], batch: int = 1) -> GraphSizes:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from parnet_bench.activity import Activity, GpuWatch, read_activity
 from parnet_bench.energy import EnergyTally, find_meter
 from parnet_bench.footprint import Footprint, graph_sizes, peak_host_bytes
+from parnet_bench.job import Job
 from parnet_bench.measure import Measurement, NextTurn, measure
 from parnet_bench.nvml import open_nvml
 from parnet_bench.result import FailedRow, Recording, Result, Row, RowTimeline
 from parnet_bench.row_process import RowFailedError, RowProcess
 from parnet_bench.turn import TurnRequest
-from parnet_bench.worker import Job
 from parnet_engines.clock import MonotonicClock
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """``parnet-bench latency``: measure networks against each other."""
 
 # An option is a parameter.
-# ruff: noqa: PLR0917
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -14,12 +13,11 @@ from parnet_bench.turn import one_at_a_time, several_in_flight
 from parnet_engines import program as program_file
 from parnet_engines import recording as recording_file
 from parnet_engines.check import CheckedProgram, checked
+from parnet_engines.cuda_devices import names_gpus
 from parnet_engines.engine import NullEngine
 from parnet_engines.lowering import lower
 from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.plan_option import choose_program, graph_of
-from parnet_engines.program import Run
-from parnet_engines.session import Session
+from parnet_engines.session import PLANS, Session
 from parnet_export.bundle import open_bundle
 from parnet_export.samples import make_samples
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
@@ -27,10 +25,10 @@ from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from parnet_bench.job import Job
     from parnet_bench.turn import Turn, TurnRequest
-    from parnet_bench.worker import Job
+    from parnet_engines.base_session import AnySession
 
-_PLANS = ("whole", "streams", "authors")
 _TIMELINE_WARM_UP = 3
 
 
@@ -50,19 +48,9 @@ class LoadedRow:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        if job.bundle:
-            self._bundle = open_bundle(Path(job.bundle))
-            self._program = choose_program(
-                self._bundle,
-                job.devices,
-                job.plan if job.plan in _PLANS else Path(job.plan),
-                lanes=job.lanes,
-                threads=len(job.cores),
-            )
-        else:
-            self._program = null_program()
+        self._bundle = open_bundle(Path(job.bundle)) if job.bundle else None
         self._in_flight = 1
-        self._session = self._open(self._program)
+        self._session = self._open()
         sample = next(make_samples(self._session.inputs, sizes=job.sizes))
         self._inputs = sample.inputs
         self._flush: CacheFlush | None = None
@@ -73,7 +61,7 @@ class LoadedRow:
         if request.in_flight != self._in_flight:
             self._session.close()
             self._in_flight = request.in_flight
-            self._session = self._open(self._with_in_flight(request.in_flight))
+            self._session = self._open(request.in_flight)
         session, inputs = self._session, self._inputs
         if request.in_flight > 1:
             return several_in_flight(lambda: session.run(inputs), request)
@@ -84,7 +72,8 @@ class LoadedRow:
 
     def timeline(self, runs: int) -> RowTimeline:
         """Record some inferences step by step, and return the one of median latency."""
-        with self._open(self._program, record=True) as session:
+        with self._open(record=True) as session:
+            program = session.program.program
             for _ in range(_TIMELINE_WARM_UP):
                 session.run(self._inputs)
             session.take_recording()
@@ -95,7 +84,7 @@ class LoadedRow:
         alone.sort(key=lambda one: one.end_ns - one.begin_ns)
         chosen = alone[(len(alone) - 1) // 2]
         return RowTimeline(
-            program=msgspec.json.decode(program_file.encode(self._program.program)),
+            program=msgspec.json.decode(program_file.encode(program)),
             recording=msgspec.json.decode(recording_file.encode(chosen)),
         )
 
@@ -103,17 +92,20 @@ class LoadedRow:
         """Close the session."""
         self._session.close()
 
-    def _open(self, program: CheckedProgram, *, record: bool = False) -> Session:
-        if self._job.bundle:
-            return Session.load(self._bundle, program, record=record)
-        return Session(program, {("null", "lane0"): NullEngine(null_graph()["null"])}, pin=False)
-
-    def _with_in_flight(self, in_flight: int) -> CheckedProgram:
-        program = replace(self._program.program, inferences_in_flight=in_flight)
-        if not self._job.bundle:
-            return checked(program, null_graph())
-        segments = (step.segment for step in program.steps if isinstance(step, Run))
-        return checked(program, graph_of(self._bundle, segments))
+    def _open(self, in_flight: int = 1, *, record: bool = False) -> AnySession:
+        job = self._job
+        if self._bundle is None:
+            engines = {("null", "lane0"): NullEngine(null_graph()["null"])}
+            return Session(null_program(in_flight), engines, pin=False)
+        return Session.open(
+            self._bundle,
+            job.devices,
+            plan=job.plan if job.plan in PLANS else Path(job.plan),
+            lanes=job.lanes,
+            threads=None if names_gpus(job.devices) else len(job.cores),
+            in_flight=in_flight,
+            record=record,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -134,7 +126,7 @@ def null_graph() -> StreamGraph:
     return StreamGraph(inputs, outputs, (Segment("null", inputs, outputs, Cost(0, 0, 0, 0, 1, 0)),))
 
 
-def null_program() -> CheckedProgram:
+def null_program(in_flight: int = 1) -> CheckedProgram:
     """Return the program that runs `null_graph` on one lane."""
     placement = Placement((Lane("lane0", "cpu", ()),), (Assignment("null", "lane0"),))
-    return checked(lower(null_graph(), placement), null_graph())
+    return checked(lower(null_graph(), placement, in_flight), null_graph())

@@ -207,7 +207,7 @@ def _matmul_model(side: int) -> bytes:
 
 def main() -> None:
     """Measure on the cores that the arguments name, and print JSON."""
-    from parnet_bench.worker import end_with_parent, use_cores
+    from parnet_bench.own_process import end_with_parent, use_cores
 
     end_with_parent()
     cores = tuple(map(int, sys.argv[1:]))

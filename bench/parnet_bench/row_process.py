@@ -10,12 +10,13 @@ from typing import IO, TYPE_CHECKING, Self
 
 import msgspec
 
-from parnet_bench.worker import Job, Reply, Request
+from parnet_bench.worker import Reply, Request
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from parnet_bench.job import Job
     from parnet_bench.result import RowTimeline
     from parnet_bench.turn import Turn, TurnRequest
 

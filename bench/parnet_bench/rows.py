@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,6 +208,7 @@ class _Planner:
         ]
 
     def checkpoint_row(self, ckpt: str, target: PlannedRow, geometry: Geometry) -> PlannedRow:
+        _require_raw_heads(ckpt, target.bundle)
         source, seed = ckpt, self._request.seed
         if not Path(ckpt).is_file():
             source = graphs.catalogue_name(ckpt)
@@ -311,20 +313,22 @@ class _Planner:
 
     def _program_file(self, row: PlannedRow) -> str:
         """Choose a plan by measuring, once for all processes, and return where it lies."""
-        from parnet_engines.plan_option import choose_program
+        from parnet_engines.plan_option import choose
         from parnet_engines.program import encode
+        from parnet_engines.session import Session
 
         description = row.description
         with self._working(f"choosing a plan for {description.name}"):
-            program = choose_program(
+            choice = choose(
                 row.bundle,
                 description.devices,
                 "auto",
+                open_program=partial(Session.load, row.bundle),
                 lanes=description.lanes,
                 threads=len(description.cores) or None,
             )
         path = self._workspace / f"{len(list(self._workspace.iterdir()))}.program.json"
-        files.write_bytes(path, encode(program.program))
+        files.write_bytes(path, encode(choice.program.program))
         return str(path)
 
 
@@ -384,6 +388,15 @@ def _refuse_precision(target: str, fixed: Precision | None, asked: Precision | N
         problem = f"is {fixed}" if fixed else "is an ONNX file, which runs as it is"
         remedy = f"Make a bundle with `parnet-export split-streams --precision {asked}`"
         raise InputError(target, problem, remedy)
+
+
+def _require_raw_heads(ckpt: str, bundle: Bundle) -> None:
+    """Refuse to compare a checkpoint's raw heads with a graph that makes boxes of them."""
+    output = bundle.manifest.provenance.detections
+    if output is not None and output.form != "raw":
+        problem = f"a graph of {ckpt} ends with raw heads, and {bundle.path} goes on to boxes"
+        remedy = "Leave it out, or make the bundle with --detections raw"
+        raise InputError("--ckpt", problem, remedy)
 
 
 def _require_same_function(row: PlannedRow, target: PlannedRow) -> None:

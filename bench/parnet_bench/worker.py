@@ -9,50 +9,19 @@ line each, from standard input, and answers with JSON lines on standard output.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from typing import IO
 
 import msgspec
-import psutil
 
 # msgspec reads the annotations of the dataclasses below at run time.
+from parnet_bench.job import Job
+from parnet_bench.own_process import end_with_parent, use_cores
 from parnet_bench.result import RowTimeline  # noqa: TC001
 from parnet_bench.turn import Turn, TurnRequest  # noqa: TC001
 from parnet_export.errors import ParnetError
-
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a worker runs.
-
-    Parameters
-    ----------
-    bundle
-        Path of a bundle; empty for an engine that does nothing, which measures the rest.
-    plan
-        How to run it: a name of a plan, or the path of a program.
-    devices
-        Where to run, as `parnet_engines.session.Session.open` takes it.
-    cores
-        Logical CPU cores that the process may use.
-    sizes
-        Sizes of the symbolic dimensions of the inputs.
-    lanes
-        How many segments may run at the same time; None leaves it to the plan.
-    """
-
-    bundle: str
-    plan: str
-    devices: str
-    cores: tuple[int, ...]
-    sizes: dict[str, int]
-    lanes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +90,6 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 _send(replies, Reply(turn=row.take_turn(request.turn)))
             else:
                 _send(replies, Reply(timeline=row.timeline(request.timeline_runs)))
-
-
-def use_cores(cores: tuple[int, ...]) -> None:
-    """Keep this process and the threads it starts on some cores, where the system can."""
-    process = psutil.Process()
-    if hasattr(process, "cpu_affinity"):  # macOS has no affinity masks
-        process.cpu_affinity(list(cores))
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent dies.
-
-    A suspended process does not notice that its pipes are closed.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _send(replies: IO[bytes], reply: Reply) -> None:

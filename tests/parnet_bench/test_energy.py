@@ -125,6 +125,20 @@ def test_turns_are_tallied_for_each_row(tmp_path):
     assert tally.of("never").j_per_inference is None
 
 
+def test_a_turn_that_fails_counts_for_nothing(tmp_path):
+    counters = Counters(tmp_path)
+    tally = EnergyTally(find_meter(powercap=tmp_path))
+
+    def fail():
+        with tally.turn("a", 4):
+            counters.set("intel-rapl:0", 3_000_000)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert tally.of("a").j_per_inference is None
+
+
 def test_a_counter_that_stands_still_is_no_energy_of_zero(tmp_path):
     Counters(tmp_path)
     tally = EnergyTally(find_meter(powercap=tmp_path))

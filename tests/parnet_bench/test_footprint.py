@@ -6,7 +6,7 @@ import sys
 import onnx
 import pytest
 
-from parnet_bench.footprint import LoadWatch, graph_sizes, peak_host_bytes
+from parnet_bench.footprint import graph_sizes, peak_host_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
@@ -32,13 +32,6 @@ def test_a_system_that_does_not_tell_yields_no_peak(tmp_path):
     assert peak_host_bytes(1, tmp_path) is None
     (tmp_path / "1" / "status").write_text("Name:\tx\nVmHWM:\t 12 kB\n")
     assert peak_host_bytes(1, tmp_path) == 12 * 1024
-
-
-def test_a_watch_counts_from_when_it_was_made():
-    times = iter([1_000_000, 43_000_000, 45_000_000])
-    watch = LoadWatch(lambda: next(times))
-    assert watch.first_result() == 42.0
-    assert watch.first_result() == 44.0
 
 
 def test_sizes_are_those_of_the_files_and_of_the_weights_in_them(forked_bundle, forked_onnx):
