@@ -37,7 +37,7 @@ _ALIKE_RISK = 0.01
 _MINORITY = 0.1
 _SEPARATION = 4.0
 _FEWEST_SAMPLES = 64
-_FEWEST_PROCESSES = 4
+_FEWEST_PROCESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
