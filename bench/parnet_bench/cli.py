@@ -19,6 +19,7 @@ from parnet_bench import (
     loadgen_command,
     paper_command,
     plan_command,
+    repeatability_command,
     report_command,
     timeline_command,
 )
@@ -35,6 +36,7 @@ for command in (
     latency_command,
     compare_command,
     report_command,
+    repeatability_command,
     paper_command,
     plan_command,
     costs_command,

@@ -10,7 +10,7 @@ from parnet_bench.activity import Activity, GpuWatch, read_activity
 from parnet_bench.energy import EnergyTally, find_meter
 from parnet_bench.footprint import Footprint, graph_sizes, peak_host_bytes
 from parnet_bench.job import Job
-from parnet_bench.measure import Measurement, NextTurn, measure
+from parnet_bench.measure import measure
 from parnet_bench.nvml import open_nvml
 from parnet_bench.result import FailedRow, Recording, Result, Row, RowTimeline
 from parnet_bench.row_process import RowFailedError, RowProcess
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from parnet_bench.environment import Environment
+    from parnet_bench.measurement import Measurement, NextTurn
     from parnet_bench.peaks import Peaks
     from parnet_bench.procedure import Procedure
     from parnet_bench.rows import PlannedRow

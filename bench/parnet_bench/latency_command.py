@@ -16,8 +16,8 @@ from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from parnet_bench.procedure import Procedure
+    from parnet_bench.request import Request
     from parnet_bench.result import Result
-    from parnet_bench.rows import Request
 
 PLAN_NAMES = ("streams", "auto", "authors", "whole")
 
@@ -114,7 +114,7 @@ def latency(
     ] = "1%",
     max_time: Annotated[
         float, typer.Option(help="Stop when this time is up, loading included.", metavar="S")
-    ] = 120.0,
+    ] = 110.0,
     min_time: Annotated[
         float,
         typer.Option(help="Do not stop before each row has been measured this long.", metavar="S"),
@@ -176,8 +176,8 @@ def latency(
     """
     from parnet_bench.graphs import Reading
     from parnet_bench.procedure import Procedure
+    from parnet_bench.request import Request
     from parnet_bench.result_file import as_dict
-    from parnet_bench.rows import Request
     from parnet_bench.table import render
 
     _check_devices(devices, threads=threads, data_transfers=data_transfers)

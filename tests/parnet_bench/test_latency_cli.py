@@ -15,7 +15,7 @@ import typer
 from parnet_bench import latency
 from parnet_bench.cli import app
 from parnet_bench.latency_command import FAILED_EXIT_CODE
-from parnet_bench.measure import NextTurn
+from parnet_bench.measurement import NextTurn
 from parnet_bench.progress import describe
 from parnet_bench.result import RowTimeline
 from parnet_bench.result_file import read_result
