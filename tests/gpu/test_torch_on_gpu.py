@@ -106,7 +106,7 @@ class OnGpu(NullEngine):
         self.device = 0
         self.enqueue = enqueue
 
-    def layout(self, tensor):
+    def layout(self, _):
         return TensorLayout.LINEAR
 
     def bind(self, inputs, outputs):
