@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,14 +20,33 @@ if TYPE_CHECKING:
 
     from parnet_export.network import Level
 
-_LEVELS: tuple[Level, ...] = ("none", "repvgg", "full")
+_COUNTED: tuple[Level, ...] = ("none", "repvgg")
+_LEVELS: tuple[Level, ...] = (*_COUNTED, "full")
+
+_aten = torch.ops.aten
 
 _LAYERS = {
     # Operator: which argument is the weight.
-    torch.ops.aten.convolution.default: 1,
-    torch.ops.aten.addmm.default: 2,
-    torch.ops.aten.mm.default: 1,
+    _aten.convolution.default: 1,
+    _aten.addmm.default: 2,
+    _aten.mm.default: 1,
 }
+
+_SHAPED_LIKE_INPUT = frozenset(
+    {
+        _aten.relu.default,
+        _aten.silu.default,
+        _aten.sigmoid.default,
+        _aten.mish.default,
+        _aten.add.Tensor,
+        _aten.mul.Tensor,
+    }
+)
+"""Operators whose result has the first argument's shape, if no other argument broadcasts it.
+
+Shapes are all that matters here. Without weights torch works them out in Python, for these
+and for normalisations several times as slowly as for convolutions.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +106,7 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _run(func, args, kwargs or {})
         depth = max((self._depths.get(tensor, 0) for tensor in _tensors(args)), default=0)
         if func in _LAYERS:
             weight = args[_LAYERS[func]]
@@ -100,12 +120,40 @@ class _Counter(TorchDispatchMode):
         return result
 
 
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator; where only shapes are known, take what they are from its input if it can."""
+    first = args[0] if args else None
+    if not isinstance(first, torch.Tensor) or not first.is_meta:
+        return func(*args, **kwargs)
+    if func is _aten.native_batch_norm.default:
+        statistics = first.new_empty(0)  # of training; evaluation has none
+        return torch.empty_like(first), statistics, statistics
+    if func in _SHAPED_LIKE_INPUT and all(t.shape == first.shape for t in _tensors(args)):
+        return torch.empty_like(first)
+    return func(*args, **kwargs)
+
+
 def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves weights as they are allocated, which on the ``meta`` device is not at all."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +181,25 @@ class CatalogueRow:
 def list_catalogue() -> tuple[CatalogueRow, ...]:
     """Count every network of the catalogue, on the ``meta`` device: no weights are made."""
     rows = []
-    with torch.device("meta"):
-        for family, entry in CATALOG.values():
-            unfused, repvgg, full = (
-                take_census(family.build(entry.config, level, ()), entry.resolution)
-                for level in _LEVELS
+    for family, entry in CATALOG.values():
+        with _NoInitialisation(), torch.device("meta"):
+            forms = {level: family.build(entry.config, level, ()) for level in _LEVELS}
+        unfused, repvgg = (take_census(forms[level], entry.resolution) for level in _COUNTED)
+        rows.append(
+            CatalogueRow(
+                name=entry.name,
+                title=entry.title,
+                family=family.title,
+                origin=entry.origin,
+                source=entry.source,
+                choices=entry.choices,
+                resolution=entry.resolution,
+                parameters=unfused.parameters,
+                parameters_repvgg=repvgg.parameters,
+                parameters_full=sum(p.numel() for p in forms["full"].parameters()),
+                flops_unfused=unfused.flops,
+                flops=repvgg.flops,
+                depth=repvgg.depth,
             )
-            rows.append(
-                CatalogueRow(
-                    name=entry.name,
-                    title=entry.title,
-                    family=family.title,
-                    origin=entry.origin,
-                    source=entry.source,
-                    choices=entry.choices,
-                    resolution=entry.resolution,
-                    parameters=unfused.parameters,
-                    parameters_repvgg=repvgg.parameters,
-                    parameters_full=full.parameters,
-                    flops_unfused=unfused.flops,
-                    flops=repvgg.flops,
-                    depth=repvgg.depth,
-                )
-            )
+        )
     return tuple(rows)

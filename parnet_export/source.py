@@ -47,7 +47,8 @@ def load_network(
     source
         A path, or a name of `CATALOG`.
     arch
-        A catalogue name that the checkpoint must turn out to be (its number of classes is free).
+        A catalogue name that the checkpoint must turn out to be (its number of classes is
+        free); the network is then made for that name's resolution.
     activation
         ``"silu"``, ``"relu"``, or ``"auto"`` to detect it.
     use_ema
@@ -130,6 +131,9 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         if activation != "auto":
             config = _with_activation(name, config, activation)
         chosen = f"{config.activation} ({'the catalogue' if activation == 'auto' else 'as asked'})"
+    elif activation != "auto":
+        problem = f"{name} has no choice of activations"
+        raise InputError("--activation", problem, "Leave it out")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         module = family.build(config, "none", ())
@@ -195,7 +199,7 @@ def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Net
     )
     module = family.build(restored.config, restored.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, path)
-    resolution = family.resolution(restored.config)
+    resolution = CATALOG[arch][1].resolution if arch else family.resolution(restored.config)
     return _network(
         module, family, restored.config, provenance, level=restored.level, resolution=resolution
     )

@@ -167,9 +167,7 @@ def _structure(name: str, changes: Changes) -> tuple[Family, Any, str]:
         config.last_width if widths == config.widths else _LAST_WIDENING * widths[-1]
     )
     try:
-        changed = replace(
-            config, widths=widths, blocks=blocks, last_width=last_width, first_width=0
-        )
+        changed = replace(config, widths=widths, blocks=blocks, last_width=last_width, stem=())
     except ValueError as error:
         raise InputError("--widths and --blocks", str(error), "Choose others") from error
     return family, changed, f"{name} with {count} streams of widths {_slashed(widths)}"

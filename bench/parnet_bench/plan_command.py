@@ -1,7 +1,7 @@
 """The ``parnet-bench plan`` command: what a network would take on machines not at hand."""
 
 # Typer reads the annotations at run time, and an option is a parameter.
-# ruff: noqa: TC003, PLR0917
+# ruff: noqa: TC003
 
 from __future__ import annotations
 

@@ -259,6 +259,10 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         """Return an interpreter for inputs of these shapes."""
 
 
+AnySession = BaseSession[Any, Any]
+"""A session on whatever devices."""
+
+
 class Slot(Generic[InterpreterT]):
     """What one inference in flight has to itself."""
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from parnet_export.bundle import Bundle
 
 
-def build(  # noqa: PLR0917 - an option is a parameter
+def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
     backend: Annotated[
         Literal["auto", "tensorrt", "tensorrt-rtx"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from parnet_engines import build_command
+from parnet_engines import build_command, classify_command, detect_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,6 +126,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module to a command line."""
     app.command()(verify)
     build_command.register(app)
+    detect_command.register(app)
+    classify_command.register(app)
 
 
 def _as_dict(bundle: Bundle, source: Network | None, proof: Proof) -> dict[str, object]:

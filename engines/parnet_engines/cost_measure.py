@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from parnet_engines.bundle_program import program_of
 from parnet_engines.cost_table import CostTable, SegmentCost, device_kind, lane_threads
 from parnet_engines.engine_cores import shared_segments
+from parnet_engines.layouts import place_whole
 from parnet_engines.machine import describe_machine
 from parnet_engines.placement import Assignment, Lane, Placement
 from parnet_export.samples import make_samples
@@ -91,6 +92,19 @@ def measure_costs(
         there = [lane for lane in lanes if lane.device == device]
         costs += _time_device(there, shared, open_lane, inputs)
     return CostTable().updated(costs).entries
+
+
+def measure_whole(bundle: Bundle, lane: Lane, open_program: OpenProgram) -> tuple[SegmentCost, ...]:
+    """Time the whole graph as one engine, alone on a lane.
+
+    The parameters and errors are those of `measure_costs`.
+    """
+    inputs = next(make_samples(bundle.stream_graph.inputs)).inputs
+    program = program_of(bundle, place_whole(lane))
+    with open_program(program, record=True, beside_others=True) as session:
+        for _ in range(_WARM_UPS):
+            session.run(inputs)
+        return tuple(_time([session], inputs))
 
 
 def _time_device(

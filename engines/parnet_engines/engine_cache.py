@@ -191,10 +191,10 @@ def store(path: Path, plan: bytes, sidecar: Sidecar) -> Sidecar:
     complete = dataclasses.replace(sidecar, plan=name, plan_sha256=digest, plan_bytes=len(plan))
     earlier = _plans_of(path)
     files.write_bytes(path.with_name(name), plan)
-    write_sidecar(path, complete)
+    written = write_sidecar(path, complete)
     for stale in earlier - {path.with_name(name)}:
         stale.unlink(missing_ok=True)
-    return complete
+    return written
 
 
 def _plans_of(path: Path) -> set[Path]:

@@ -199,8 +199,8 @@ class Sidecar:
         )
 
 
-def write_sidecar(path: Path, sidecar: Sidecar) -> None:
-    """Replace `path`, whole or not at all.
+def write_sidecar(path: Path, sidecar: Sidecar) -> Sidecar:
+    """Replace `path`, whole or not at all, and return the sidecar with its digest.
 
     Raises
     ------
@@ -209,8 +209,9 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     """
     blank = replace(sidecar, sidecar_sha256=_NO_DIGEST)
     content = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
-    digest = hashlib.sha256(content).hexdigest().encode()
-    files.write_bytes(path, _DIGEST.sub(digest, content))
+    digest = hashlib.sha256(content).hexdigest()
+    files.write_bytes(path, _DIGEST.sub(digest.encode(), content))
+    return replace(blank, sidecar_sha256=digest)
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -249,9 +250,7 @@ def record_verification(path: Path, verification: Verification) -> Sidecar:
     InputError
         When the sidecar cannot be read or written.
     """
-    sidecar = replace(read_sidecar(path), verification=verification)
-    write_sidecar(path, sidecar)
-    return sidecar
+    return write_sidecar(path, replace(read_sidecar(path), verification=verification))
 
 
 def misfit(sidecar: Sidecar, *, version: str, platform: str, gpu: Gpu | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from parnet_engines.base_session import BaseSession
 from parnet_engines.buffers import find_shapes
@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from parnet_engines.evaluate import Objective
     from parnet_engines.ort import Spin
 
-__all__ = ["Plan", "SegmentFailedError", "SegmentHungError", "Session"]
+__all__ = ["PLANS", "Plan", "SegmentFailedError", "SegmentHungError", "Session"]
 
 Plan = Literal["auto", "whole", "streams", "authors"]
 """How `Session.open` places a network on lanes, besides a file that says it."""
+
+PLANS: tuple[Plan, ...] = get_args(Plan)
+"""All that `Plan` allows."""
 
 
 class Session(BaseSession["Engine", "Host"]):

@@ -111,6 +111,11 @@ class TensorRtEngine:
         return self._segment.outputs
 
     @property
+    def path(self) -> Path:
+        """Its sidecar's path."""
+        return self._path
+
+    @property
     def sidecar(self) -> Sidecar:
         """What is known about the engine."""
         return self._sidecar

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from parnet_export.models import (
+    parnet_detector_family,
+    parnet_ensemble,
     parnet_family,
     resnet_family,
     seqconv_family,
@@ -21,9 +23,11 @@ FAMILIES: dict[str, Family] = {
     family.key: family
     for family in (
         parnet_family.FAMILY,
+        parnet_ensemble.FAMILY,
         resnet_family.FAMILY,
         seqconv_family.FAMILY,
         yolov4_csp_family.FAMILY,
+        parnet_detector_family.FAMILY,
     )
 }
 

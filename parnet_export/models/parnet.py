@@ -3,7 +3,8 @@
 `ParNet` is the network as it is trained, or with the branches of every block
 fused as the authors do it; its parameter names are theirs. Stream ``i`` works
 at half the resolution of stream ``i - 1``; each stream's output is fused with
-the downsampled path of the streams before it.
+the downsampled path of the streams before it. A network of a single stream has
+nothing to fuse: its last block, ``combine.0``, follows the stream.
 
 The CIFAR networks (paper section 3.3) were never released. Their form here is
 a reconstruction: what the text leaves open is listed at `CIFAR_CHOICES`.
@@ -49,7 +50,7 @@ class ParNetConfig:
     Parameters
     ----------
     widths
-        Channels of each stream, from the highest resolution to the lowest; two or more.
+        Channels of each stream, from the highest resolution to the lowest; one or more.
     blocks
         RepVGG-SSE blocks in each stream.
     last_width
@@ -59,11 +60,12 @@ class ParNetConfig:
     activation
         SiLU in the paper; the released configuration files build a ReLU network.
     variant
-        ``"imagenet"`` starts with two downsampling blocks and ends with one;
+        ``"imagenet"`` starts with downsampling blocks and ends with one;
         ``"cifar"`` keeps full resolution in the stem and ends with a 1x1 convolution.
-    first_width
-        Channels after the first block; by default the smaller of 64 and the first
-        stream's for ``"imagenet"``, the first stream's for ``"cifar"``.
+    stem
+        Channels after each downsampling block before the first stream; the last ones are
+        the stream's. By default two blocks, the first of at most 64 channels, as the
+        authors have it. The stem of ``"cifar"`` has one width, the first stream's.
     dropout
         Dropout before the classifier, active in training only.
     """
@@ -74,19 +76,22 @@ class ParNetConfig:
     num_classes: int = 1000
     activation: Activation = "silu"
     variant: Variant = "imagenet"
-    first_width: int = 0
+    stem: tuple[int, ...] = ()
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.first_width == 0:
-            narrow = min(64, self.widths[0]) if self.variant == "imagenet" else self.widths[0]
-            object.__setattr__(self, "first_width", narrow)
-        if len(self.widths) < 2 or len(self.widths) != len(self.blocks):
-            raise ValueError("a ParNet has two or more streams, each with a width and its blocks")
-        if min(*self.widths, *self.blocks, self.last_width, self.num_classes) < 1:
+        if not self.widths or len(self.widths) != len(self.blocks):
+            raise ValueError("a ParNet has one or more streams, each with a width and its blocks")
+        if not self.stem:
+            width = self.widths[0]
+            default = (min(64, width), width) if self.variant == "imagenet" else (width,)
+            object.__setattr__(self, "stem", default)
+        if min(*self.widths, *self.blocks, *self.stem, self.last_width, self.num_classes) < 1:
             raise ValueError("widths, blocks and classes are positive")
         if any(width % 2 for width in self.widths[1:]):
             raise ValueError("streams after the first are fused in two groups: widths must be even")
+        if self.stem[-1] != self.widths[0] or (self.variant == "cifar" and len(self.stem) > 1):
+            raise ValueError("the stem ends in as many channels as the first stream has")
 
     @property
     def streams(self) -> int:
@@ -99,8 +104,9 @@ class ParNetConfig:
 
         Every 2x2 average of a 1x1 branch needs an even input.
         """
-        downsamplings = self.streams - 1
-        return 1 << (downsamplings if self.variant == "cifar" else downsamplings + 3)
+        between_streams = self.streams - 1
+        others = 0 if self.variant == "cifar" else len(self.stem) + 1
+        return 1 << (between_streams + others)
 
 
 def _stem(config: ParNetConfig, index: int, *, fused: bool) -> nn.Module:
@@ -108,12 +114,14 @@ def _stem(config: ParNetConfig, index: int, *, fused: bool) -> nn.Module:
     if index > 0:
         width_in, width = config.widths[index - 1 : index + 1]
         return Boxed(DownsamplingBlock(width_in, width, act, fused=fused))
-    first, width = config.first_width, config.widths[0]
     if config.variant == "imagenet":
         return nn.Sequential(
-            Boxed(DownsamplingBlock(3, first, act, fused=fused)),
-            Boxed(DownsamplingBlock(first, width, act, fused=fused)),
+            *(
+                Boxed(DownsamplingBlock(before, after, act, fused=fused))
+                for before, after in pairwise((3, *config.stem))
+            )
         )
+    width = config.widths[0]
     return nn.Sequential(
         Boxed(DownsamplingBlock(3, width, act, stride=1, fused=fused)),
         Boxed(RepVGGSSEBlock(width, act, fused=fused)),
@@ -166,7 +174,8 @@ class ParNet(nn.Module):
         )
         # The authors' name; the first entry ends stream 1, the others fuse two paths.
         self.downsamples_2 = nn.ModuleList(
-            [Boxed(DownsamplingBlock(widths[0], widths[1], act, fused=fused))]
+            Boxed(DownsamplingBlock(before, after, act, fused=fused))
+            for before, after in pairwise(widths[:2])
         )
         for width, after in pairwise(widths[1:]):
             self.downsamples_2.append(nn.Sequential(*_fusion(width, after, 2, act, fused=fused)))
@@ -175,9 +184,8 @@ class ParNet(nn.Module):
             last = DownsamplingBlock(widths[-1], config.last_width, act, fused=fused)
         else:
             last = PointwiseBlock(widths[-1], config.last_width, act, fused=fused)
-        self.combine = nn.Sequential(
-            *_fusion(widths[-1], widths[-1], 1, act, fused=fused), Boxed(last)
-        )
+        fusion = _fusion(widths[-1], widths[-1], 1, act, fused=fused) if config.streams > 1 else []
+        self.combine = nn.Sequential(*fusion, Boxed(last))
         self.head = Classifier(config)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -185,10 +193,10 @@ class ParNet(nn.Module):
         features = [self.inits[0](image)]
         for stem in list(self.inits)[1:]:
             features.append(stem(features[-1]))
-        path = self.downsamples_2[0](self.streams[0](features[0]))
-        for index in range(1, self.config.streams - 1):
-            path = self.downsamples_2[index]((self.streams[index](features[index]), path))
-        logits: Tensor = self.head(self.combine((self.streams[-1](features[-1]), path)))
+        joined = self.streams[0](features[0])
+        for index, downsample in enumerate(self.downsamples_2, 1):
+            joined = self.streams[index](features[index]), downsample(joined)
+        logits: Tensor = self.head(self.combine(joined))
         return logits
 
     @property
@@ -254,16 +262,23 @@ def config_from_tensors(tensors: Mapping[str, Tensor], activation: Activation) -
         raise ValueError("has gaps in the numbers of its streams")
     if "head.fc.weight" not in tensors:
         raise ValueError("has no tensor head.fc.weight")
-    cifar = "combine.3.block.conv.weight" in tensors
-    last = "combine.3.block" if cifar else "combine.3.block.rbr_dense"
+    last = f"combine.{3 if streams > 1 else 0}.block"
+    cifar = f"{last}.conv.weight" in tensors
+    widths = tuple(out_channels(f"streams.{i}.0.block.rbr_dense") for i in range(streams))
+    stem: tuple[int, ...] = ()
+    if not cifar:
+        places = (key.split(".")[2] for key in tensors if key.startswith("inits.0."))
+        blocks = 1 + max((int(place) for place in places if place.isdigit()), default=0)
+        first = (out_channels(f"inits.0.{i}.block.rbr_dense") for i in range(blocks - 1))
+        stem = (*first, widths[0])
     return ParNetConfig(
-        widths=tuple(out_channels(f"streams.{i}.0.block.rbr_dense") for i in range(streams)),
+        widths=widths,
         blocks=tuple(max(counts[i]) + 1 for i in range(streams)),
-        last_width=out_channels(last),
+        last_width=out_channels(last if cifar else f"{last}.rbr_dense"),
         num_classes=int(tensors["head.fc.weight"].shape[0]),
         activation=activation,
         variant="cifar" if cifar else "imagenet",
-        first_width=out_channels("inits.0.0.block.rbr_dense"),
+        stem=stem,
     )
 
 

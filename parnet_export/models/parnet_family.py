@@ -1,7 +1,9 @@
-"""ParNet in the catalogue: S, M, L and XL, and the CIFAR reconstructions."""
+"""ParNet in the catalogue: S to XL, other numbers of streams, and the CIFAR reconstructions."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast, get_args
 
 from parnet_export.models.family import Entry, Family, Restored
@@ -25,13 +27,45 @@ if TYPE_CHECKING:
     from parnet_export.network import Level
 
 
+ONE_STREAM = ParNetConfig((576,), (6,), 2048, stem=(64, 144, 288, 576))
+"""ParNet-M-OneStream: the published size and depth, in the one stream that table 9 combines."""
+
+ONE_STREAM_CHOICES = (
+    "a stem that doubles its width from 144 to 576 channels, one stream of 6 blocks at 1/16 of the "
+    "image's size, and 2048 channels before the classifier: 35.9 M fused (36.0 M published), depth "
+    "12"
+)
+_TWO_STREAMS = ParNetConfig((262, 524), (5, 5), 2048, stem=(64, 131, 262))
+_TWO_STREAMS_CHOICES = (
+    "the streams at 1/8 and 1/16 of the image's size, 262 and 524 channels wide, with 5 blocks "
+    "each, and 2048 channels before the classifier: 35.9 M fused, as ParNet-M, and depth 12"
+)
+_FOUR_STREAMS = ParNetConfig((64, 128, 256, 512), (4, 5, 5, 5), 2048, stem=(64,))
+_FOUR_STREAMS_CHOICES = (
+    "the fourth stream at 1/2 of the image's size, since at 1/32 the depth would be 13 and 224 "
+    "pixels would not divide; 64 channels and 4 blocks in it, one more block in the next than "
+    "ParNet-M has: 36.0 M fused, depth 12"
+)
+
+
+def choose_activation(tensors: Mapping[str, Tensor], wanted: str) -> tuple[Activation, str]:
+    """Return the activation asked for, or the one that a state dict tells, and why.
+
+    Raises
+    ------
+    ValueError
+        When ParNets have no activation of that name.
+    """
+    if wanted == "auto":
+        return detect_activation(tensors)
+    chosen = cast("Activation", wanted)
+    if chosen not in get_args(Activation):
+        raise ValueError(f"cannot use the activation {wanted!r}; choose silu or relu")
+    return chosen, "as asked"
+
+
 def _restore(tensors: Mapping[str, Tensor], activation: str) -> Restored:
-    if activation == "auto":
-        chosen, reason = detect_activation(tensors)
-    else:
-        chosen, reason = cast("Activation", activation), "as asked"
-        if chosen not in get_args(Activation):
-            raise ValueError(f"cannot use the activation {activation!r}; choose silu or relu")
+    chosen, reason = choose_activation(tensors, activation)
     config = config_from_tensors(tensors, chosen)
     level: Level = "repvgg" if is_fused_state(tensors) else "none"
     return Restored(config, level, f"{chosen} ({reason})")
@@ -55,16 +89,19 @@ def _input_multiple(config: ParNetConfig) -> int:
 
 
 def _resolution(config: ParNetConfig) -> int:
-    # The fourth stream of an ImageNet network would end at 3.5 pixels for 224.
-    return 32 if config.variant == "cifar" else 224 if config.streams <= 3 else 256
+    # A fourth stream at 1/32 of the image's size would end at 3.5 pixels for 224.
+    if config.variant == "cifar":
+        return 32
+    return math.ceil(224 / config.input_multiple) * config.input_multiple
 
 
 def _describe(config: ParNetConfig) -> str:
     widths = "/".join(map(str, config.widths))
     blocks = "/".join(map(str, config.blocks))
+    streams = "1 stream of width" if config.streams == 1 else f"{config.streams} streams of widths"
     kind = "CIFAR ParNet" if config.variant == "cifar" else "ParNet"
     return (
-        f"{kind}, {config.streams} streams of widths {widths} and {blocks} blocks, "
+        f"{kind}, {streams} {widths} and {blocks} blocks, "
         f"{config.last_width} channels before {config.num_classes} classes"
     )
 
@@ -77,6 +114,18 @@ def _imagenet(
 ) -> Entry:
     config = ParNetConfig(widths, (4, 5, 5), last_width)
     return Entry(f"parnet-{size.lower()}", f"ParNet-{size}", config, 224, "official", source)
+
+
+def _streams(number: str, config: ParNetConfig, source: str, choices: str) -> Entry:
+    return Entry(
+        f"parnet-m-{number.lower()}-stream{'' if config.streams == 1 else 's'}",
+        f"ParNet-M, {number.lower()} streams" if config.streams > 1 else "ParNet-M-OneStream",
+        config,
+        224,
+        "reconstruction",
+        f"arXiv 2110.07641, {source}",
+        choices,
+    )
 
 
 def _cifar(size: str, width: int) -> Entry:
@@ -92,6 +141,8 @@ def _cifar(size: str, width: int) -> Entry:
         CIFAR_CHOICES,
     )
 
+
+_XL = _imagenet("XL", (200, 400, 800), 3200)
 
 FAMILY = Family(
     key="parnet",
@@ -110,7 +161,17 @@ FAMILY = Family(
         _imagenet("S-92", (92, 192, 384), 1280, "the authors' released configuration of ParNet-S"),
         _imagenet("M", (128, 256, 512), 2048),
         _imagenet("L", (160, 320, 640), 2560),
-        _imagenet("XL", (200, 400, 800), 3200),
+        _XL,
+        replace(
+            _XL,
+            name="parnet-xl-320",
+            title="ParNet-XL (320 px)",
+            resolution=320,
+            source="arXiv 2110.07641, table 5",
+        ),
+        _streams("One", ONE_STREAM, "tables 8, 9 and 10", ONE_STREAM_CHOICES),
+        _streams("Two", _TWO_STREAMS, "table 10", _TWO_STREAMS_CHOICES),
+        _streams("Four", _FOUR_STREAMS, "table 10", _FOUR_STREAMS_CHOICES),
         _cifar("1.3", 32),
         _cifar("15.5", 112),
         _cifar("35", 168),

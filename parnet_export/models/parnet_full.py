@@ -19,7 +19,7 @@ No BatchNorm, Transpose or Reshape is left. Beyond the authors' rule:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ class ParNetFull(nn.Module):
             nn.Sequential(*(SkipGatedConv(width, act) for _ in range(count)))
             for width, count in zip(widths, config.blocks, strict=True)
         )
-        self.downsample = GatedConv(widths[0], widths[1], 2, act)
+        self.downsample = GatedConv(widths[0], widths[1], 2, act) if config.streams > 1 else None
         self.stream_parts = nn.ModuleList()
         self.path_parts = nn.ModuleList()
         for index, width in enumerate(widths[1:]):
@@ -208,7 +208,9 @@ class ParNetFull(nn.Module):
         features = [self.stems[0](image)]
         for stem in list(self.stems)[1:]:
             features.append(stem(features[-1]))
-        path = self.downsample(self.streams[0](features[0]))
+        path = self.streams[0](features[0])
+        if self.downsample is not None:
+            path = self.downsample(path)
         for index in range(1, self.config.streams):
             stream = self.streams[index](features[index])
             part, gate_part = self.stream_parts[index - 1](stream)
@@ -227,8 +229,7 @@ def affine_parts(keys: Iterable[str]) -> frozenset[str]:
 def _first_stem(config: ParNetConfig) -> nn.Sequential:
     act, width = config.activation, config.widths[0]
     if config.variant == "imagenet":
-        first = config.first_width
-        return nn.Sequential(GatedConv(3, first, 2, act), GatedConv(first, width, 2, act))
+        return nn.Sequential(*(GatedConv(*pair, 2, act) for pair in pairwise((3, *config.stem))))
     return nn.Sequential(
         GatedConv(3, width, 1, act), SkipGatedConv(width, act), SkipGatedConv(width, act)
     )
@@ -240,6 +241,30 @@ def fuse_full(network: ParNet) -> ParNetFull:
 
     The arithmetic is float64; the result has the network's dtype.
     """
+    state, affine = full_state(network)
+    state |= {f"fc.{key}": value for key, value in network.head.fc.state_dict().items()}
+    fused = ParNetFull(network.config, affine)
+    fused.to(dtype=network.head.fc.weight.dtype).load_state_dict(state)
+    return fused.train(network.training).requires_grad_(requires_grad=False)
+
+
+class Body(Protocol):
+    """What a ParNet has before its classifier."""
+
+    config: ParNetConfig
+    inits: nn.ModuleList
+    streams: nn.ModuleList
+    downsamples_2: nn.ModuleList
+    combine: nn.Sequential
+
+
+@torch.no_grad()
+def full_state(network: Body) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return the state of level ``full`` without a classifier's, float64.
+
+    With it come the names of the contributions that keep their affine step. The last fusion's
+    output is left unshuffled: other readers than the last block have to take the permutation.
+    """
     config = network.config
     state: dict[str, Tensor] = {}
     affine: set[str] = set()
@@ -247,26 +272,24 @@ def fuse_full(network: ParNet) -> ParNetFull:
         state |= _chain_state(f"stems.{index}", stem)
     for index, stream in enumerate(network.streams):
         state |= _chain_state(f"streams.{index}", stream)
-    state |= _prefixed("downsample", _block_state(_unbox(network.downsamples_2[0])))
-    fusions = [*list(network.downsamples_2)[1:], network.combine]
+    fusions: list[nn.Module] = []
+    if config.streams > 1:
+        state |= _prefixed("downsample", _block_state(_unbox(network.downsamples_2[0])))
+        fusions = [*list(network.downsamples_2)[1:], network.combine]
     for index, fusion in enumerate(fusions):
         halves = _distribute(cast("nn.Sequential", fusion), shuffled_path=index > 0)
         for name, half in zip(("stream_parts", "path_parts"), halves, strict=True):
             state |= _prefixed(f"{name}.{index}", half)
             if "scale" in half:
                 affine.add(f"{name}.{index}")
-    # The last fusion's output stays unshuffled: the block that reads it takes the permutation.
-    unshuffle = torch.argsort(shuffle_order(config.widths[-1]))
-    last = _block_state(_unbox(network.combine[3]))
-    for key in ("conv.weight", "gate.weight"):
-        if key in last:
+    last = _block_state(_unbox(network.combine[-1]))
+    if fusions:
+        # The last fusion's output stays unshuffled: the block that reads it takes the permutation.
+        unshuffle = torch.argsort(shuffle_order(config.widths[-1]))
+        for key in last.keys() & {"conv.weight", "gate.weight"}:
             last[key] = last[key][:, unshuffle]
     state |= _prefixed("last", last)
-    state |= {f"fc.{key}": value for key, value in network.head.fc.state_dict().items()}
-
-    fused = ParNetFull(config, frozenset(affine))
-    fused.to(dtype=network.head.fc.weight.dtype).load_state_dict(state)
-    return fused.train(network.training).requires_grad_(requires_grad=False)
+    return state, frozenset(affine)
 
 
 def _unbox(module: nn.Module) -> nn.Module:

@@ -106,7 +106,7 @@ class OnGpu(NullEngine):
         self.device = 0
         self.enqueue = enqueue
 
-    def layout(self, _):
+    def layout(self, _tensor):
         return TensorLayout.LINEAR
 
     def bind(self, inputs, outputs):

@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from parnet_bench.environment import Environment
-from parnet_bench.measure import Procedure
-from parnet_bench.result import Recording, Result, Row, RowDescription
+from parnet_bench.procedure import Procedure
+from parnet_bench.result import ProcessRecording, Recording, Result, Row, RowDescription
 from parnet_export.bundle import Provenance
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.family import Entry
@@ -133,7 +133,9 @@ def make_result():
                 cores=(0, 1),
             )
             rounds = tuple(map(tuple, rounds_by_row[name]))
-            recording = Recording(options.get("settled", True), (900, 500), rounds)
+            recording = Recording(
+                (ProcessRecording(options.get("settled", True), (900, 500), rounds),)
+            )
             rows.append(Row(description, recording))
         count = len(rows[0].recording.rounds_ns)
         return Result(
@@ -154,7 +156,7 @@ def make_result():
             ),
             procedure=Procedure(rounds=count),
             stopped=stopped,
-            orders=tuple(tuple(range(len(rows))) for _ in range(count)),
+            orders=(tuple(tuple(range(len(rows))) for _ in range(count)),),
             rows=tuple(rows),
             notes=options.get("notes", ()),
         )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,20 @@ def test_a_binding_reads_and_writes_the_same_memory_every_time(path, rows):
         wanted = reference.run({"x": x})
         np.testing.assert_allclose(y, wanted["y"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(z, wanted["z"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_of_a_binding_allocates_no_arrays(path):
+    x, y, z = image(rows=4000), *np.zeros((2, 4000, 32), np.float32)
+    run = OpenVinoEngine(SEGMENT, path, threads=1).bind([x], [y, z])
+    run()
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            run()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < y.nbytes / 10
 
 
 def test_bindings_and_runs_of_one_engine_may_go_on_side_by_side(path):

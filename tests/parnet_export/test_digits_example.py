@@ -133,7 +133,7 @@ def test_the_checkpoint_was_trained_as_the_script_would_train_it(example, networ
     assert settings == {name: getattr(example.train.Settings(), name) for name in settings}
     assert set(settings) == set(example.train.Settings.__dataclass_fields__)
     assert content.metadata["arch"] == example.train.ARCH
-    structure = ("widths", "blocks", "last_width", "num_classes", "variant", "first_width")
+    structure = ("widths", "blocks", "last_width", "num_classes", "variant", "stem")
     for name in structure:
         assert getattr(network.config, name) == getattr(example.train.CONFIG, name)
 

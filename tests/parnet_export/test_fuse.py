@@ -89,16 +89,18 @@ def test_real_sizes_compute_the_same_when_fused(
 
 @st.composite
 def structures(draw):
-    streams = draw(st.integers(2, 4))
+    streams = draw(st.integers(1, 4))
     widths = [draw(st.integers(1, 9))] + [2 * draw(st.integers(1, 7)) for _ in range(streams - 1)]
+    variant = draw(st.sampled_from(["imagenet", "cifar"]))
+    before = draw(st.lists(st.integers(1, 8), max_size=2)) if variant == "imagenet" else []
     return ParNetConfig(
         tuple(widths),
         tuple(draw(st.integers(1, 2)) for _ in range(streams)),
         draw(st.integers(1, 12)),
         num_classes=draw(st.integers(1, 5)),
         activation=draw(st.sampled_from(["silu", "relu"])),
-        variant=draw(st.sampled_from(["imagenet", "cifar"])),
-        first_width=0,
+        variant=variant,
+        stem=(*before, widths[0]),
     )
 
 

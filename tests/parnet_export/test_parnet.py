@@ -19,7 +19,11 @@ from parnet_export.models.parnet import (
 SMALL = ParNetConfig((8, 12, 20), (2, 1, 3), 24, num_classes=10)
 FOUR_STREAMS = ParNetConfig((8, 12, 14, 22), (1, 2, 1, 1), 24, num_classes=10)
 TWO_STREAMS = ParNetConfig((8, 12), (2, 1), 24, num_classes=10, activation="relu")
+ONE_STREAM = ParNetConfig((12,), (3,), 20, num_classes=10, stem=(4, 6, 8, 12))
+ONE_CIFAR = ParNetConfig((12,), (2,), 20, num_classes=10, variant="cifar")
+SHORT_STEM = ParNetConfig((8, 12, 20), (1, 2, 1), 24, num_classes=10, stem=(8,))
 CIFAR = ParNetConfig((8, 16, 32), (1, 1, 2), 24, num_classes=10, variant="cifar")
+ALL = [SMALL, FOUR_STREAMS, TWO_STREAMS, ONE_STREAM, ONE_CIFAR, SHORT_STEM, CIFAR]
 
 
 def forward_by_the_specification(state, image, config):
@@ -68,7 +72,9 @@ def forward_by_the_specification(state, image, config):
 
     last = len(config.widths) - 1
     if config.variant == "imagenet":
-        features = [down(down(image, "inits.0.0"), "inits.0.1")]
+        features = [image]
+        for index in range(len(config.stem)):
+            features = [down(features[0], f"inits.0.{index}")]
     else:
         features = [skip(skip(down(image, "inits.0.0", 1), "inits.0.1"), "inits.0.2")]
     for index in range(1, last + 1):
@@ -76,20 +82,22 @@ def forward_by_the_specification(state, image, config):
     for index, blocks in enumerate(config.blocks):
         for block in range(blocks):
             features[index] = skip(features[index], f"streams.{index}.{block}")
-    path = down(features[0], "downsamples_2.0")
-    for index in range(1, last):
-        path = fusion(features[index], path, f"downsamples_2.{index}", 2)
-    path = fusion(features[last], path, "combine", 1)
+    path, final = features[0], "combine.0"
+    if last:
+        path, final = down(path, "downsamples_2.0"), "combine.3"
+        for index in range(1, last):
+            path = fusion(features[index], path, f"downsamples_2.{index}", 2)
+        path = fusion(features[last], path, "combine", 1)
     if config.variant == "imagenet":
-        path = down(path, "combine.3")
+        path = down(path, final)
     else:
-        conv = functional.conv2d(path, state["combine.3.block.conv.weight"])
-        path = act(norm(conv, "combine.3.block.bn"))
+        conv = functional.conv2d(path, state[f"{final}.block.conv.weight"])
+        path = act(norm(conv, f"{final}.block.bn"))
     pooled = path.mean((2, 3))
     return pooled @ state["head.fc.weight"].T + state["head.fc.bias"]
 
 
-@pytest.mark.parametrize("config", [SMALL, FOUR_STREAMS, TWO_STREAMS, CIFAR], ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 def test_the_training_form_computes_what_the_specification_says(config, make_parnet):
     network = make_parnet(config).double()
     pixels = 2 * config.input_multiple
@@ -139,7 +147,7 @@ def test_state_dict_keys_are_those_of_the_authors_code():
     assert state["combine.2.block.rbr_dense.conv.weight"].shape == (512, 512, 3, 3)
 
 
-@pytest.mark.parametrize("config", [SMALL, FOUR_STREAMS, TWO_STREAMS, CIFAR], ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 def test_the_structure_is_read_off_the_tensors_of_both_forms(config, make_parnet):
     network = make_parnet(config)
     fused = network.fuse()
@@ -190,7 +198,9 @@ def test_without_statistics_the_papers_activation_is_taken():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"widths": (8,), "blocks": (1,)},
+        {"widths": (), "blocks": ()},
+        {"widths": (8,), "blocks": (1,), "stem": (8, 6)},
+        {"widths": (8,), "blocks": (1,), "stem": (4, 8), "variant": "cifar"},
         {"widths": (8, 12), "blocks": (1,)},
         {"widths": (8, 13), "blocks": (1, 1)},
         {"widths": (8, 12), "blocks": (1, 0)},
@@ -199,13 +209,20 @@ def test_without_statistics_the_papers_activation_is_taken():
     ids=str,
 )
 def test_impossible_structures_are_refused(bad):
-    with pytest.raises(ValueError, match=r"stream|positive|even"):
+    with pytest.raises(ValueError, match=r"stream|positive|even|stem"):
         ParNetConfig(**{"last_width": 16, **bad})
 
 
 @pytest.mark.parametrize(
     ("config", "multiple"),
-    [(SMALL, 32), (FOUR_STREAMS, 64), (TWO_STREAMS, 16), (CIFAR, 4)],
+    [
+        (SMALL, 32),
+        (FOUR_STREAMS, 64),
+        (TWO_STREAMS, 16),
+        (ONE_STREAM, 32),
+        (SHORT_STEM, 16),
+        (CIFAR, 4),
+    ],
     ids=str,
 )
 def test_the_training_form_runs_at_every_input_multiple_and_not_between(

@@ -77,33 +77,40 @@ def _torchvision_layout(depth, num_classes):
     return layout
 
 
-def _evaluate_by_table(state, depth, x):
+def _evaluate_by_table(state, kind, blocks, x, act=functional.relu):
     """ResNet written out with plain functions, as an independent reference."""
-    kind, blocks = STAGES[depth]
 
-    def unit(x, conv, norm, stride=1):
-        weight = state[f"{conv}.weight"]
-        x = functional.conv2d(x, weight, stride=stride, padding=(weight.shape[-1] - 1) // 2)
-        mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        gamma, beta = state[f"{norm}.weight"], state[f"{norm}.bias"]
+    def norm(x, name):
+        mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        gamma, beta = state[f"{name}.weight"], state[f"{name}.bias"]
         normalised = (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
         return normalised * gamma[:, None, None] + beta[:, None, None]
 
-    x = functional.max_pool2d(unit(x, "conv1", "bn1", 2).relu(), 3, 2, 1)
+    def unit(x, conv, norm_name, stride=1):
+        weight = state[f"{conv}.weight"]
+        x = functional.conv2d(x, weight, stride=stride, padding=(weight.shape[-1] - 1) // 2)
+        return norm(x, norm_name)
+
+    x = functional.max_pool2d(act(unit(x, "conv1", "bn1", 2)), 3, 2, 1)
     for stage, count in enumerate(blocks, 1):
         for block in range(count):
             at = f"layer{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
             if kind == "basic":
-                y = unit(x, f"{at}.conv1", f"{at}.bn1", stride).relu()
+                y = act(unit(x, f"{at}.conv1", f"{at}.bn1", stride))
                 y = unit(y, f"{at}.conv2", f"{at}.bn2")
             else:
-                y = unit(x, f"{at}.conv1", f"{at}.bn1").relu()
-                y = unit(y, f"{at}.conv2", f"{at}.bn2", stride).relu()
+                y = act(unit(x, f"{at}.conv1", f"{at}.bn1"))
+                y = act(unit(y, f"{at}.conv2", f"{at}.bn2", stride))
                 y = unit(y, f"{at}.conv3", f"{at}.bn3")
             if f"{at}.downsample.0.weight" in state:
                 x = unit(x, f"{at}.downsample.0", f"{at}.downsample.1", stride)
-            x = (x + y).relu()
+            if f"{at}.gate.norm.weight" in state:
+                x = norm(x, f"{at}.gate.norm")
+            if f"{at}.gate.conv.weight" in state:
+                pooled = functional.adaptive_avg_pool2d(x, 1)
+                x = x * functional.conv2d(pooled, state[f"{at}.gate.conv.weight"]).sigmoid()
+            x = act(x + y)
     pooled = functional.adaptive_avg_pool2d(x, 1).flatten(1)
     return functional.linear(pooled, state["fc.weight"], state["fc.bias"])
 
@@ -144,8 +151,42 @@ def test_names_and_shapes_are_those_of_torchvision(depth, num_classes):
 def test_the_network_computes_what_the_tables_say(depth):
     model = _random_resnet(_config(depth, width=8))
     images = torch.randn(2, 3, 96, 64, dtype=torch.float64)
-    reference = _evaluate_by_table(model.state_dict(), depth, images)
+    reference = _evaluate_by_table(model.state_dict(), *STAGES[depth], images)
     assert _relative_difference(model(images), reference) < 1e-12
+
+
+GATED = {
+    kind: ResNetConfig(kind, (1, 1, 2), 8, 7, gated=True, activation=activation)
+    for kind, activation in (("basic", "silu"), ("bottleneck", "relu"))
+}
+
+
+@pytest.mark.parametrize("config", GATED.values(), ids=GATED)
+def test_gated_shortcuts_compute_what_the_paper_says_and_fold_exactly(config):
+    model = _random_resnet(config)
+    images = torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    act = {"silu": functional.silu, "relu": functional.relu}[config.activation]
+    reference = _evaluate_by_table(model.state_dict(), config.block, config.blocks, images, act)
+    assert _relative_difference(model(images), reference) < 1e-12
+    folded = fold_resnet(model)
+    assert _relative_difference(folded(images), reference) < 1e-12
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+
+
+@pytest.mark.parametrize("config", GATED.values(), ids=GATED)
+def test_gates_are_read_off_the_tensors_and_the_activation_is_not(config):
+    for form in (build_resnet(config), build_fused_resnet(config)):
+        found = ResNetConfig.from_tensors(form.state_dict(), config.activation)
+        assert found == config
+        assert ResNetConfig.from_tensors(form.state_dict()).activation == "silu"
+
+
+def test_a_plain_resnet_has_no_other_activation():
+    state = build_resnet(_config(18, width=8)).state_dict()
+    with pytest.raises(ValueError, match="whose activation is relu, not silu"):
+        ResNetConfig.from_tensors(state, "silu")
+    with pytest.raises(ValueError, match="whose activation is silu or relu, not mish"):
+        ResNetConfig.from_tensors(build_resnet(GATED["basic"]).state_dict(), "mish")
 
 
 # Every pair of (depth, classes, batch, side) values occurs in one of these rows.
