@@ -223,8 +223,7 @@ def make_result():
             ),
             procedure=Procedure(rounds=count // processes, processes=processes),
             stopped=stopped,
-            orders=(tuple(tuple(range(len(rows))) for _ in range(count // processes)),)
-            * processes,
+            orders=(tuple(tuple(range(len(rows))) for _ in range(count // processes)),) * processes,
             rows=tuple(rows),
             notes=options.get("notes", ()),
         )

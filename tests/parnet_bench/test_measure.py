@@ -309,7 +309,9 @@ def test_parts_of_runs_are_kept_run_by_run(machine):
         def close(self):
             pass
 
-    measurement = measure({"a": 1}, lambda *_: Split(), brief(turn_runs=2, turn_s=1e-9), FakeClock())
+    measurement = measure(
+        {"a": 1}, lambda *_: Split(), brief(turn_runs=2, turn_s=1e-9), FakeClock()
+    )
     (process,) = measurement.recordings["a"]
     assert process.split.compute_ns == ((20, 21),) * 4
     assert process.split.device_to_host_ns == ((3, 3),) * 4
