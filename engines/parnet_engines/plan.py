@@ -32,6 +32,18 @@ _EXACT_SHARE = 5
 MAX_NODES = 100_000
 """Partial placements after which a proof is given up, so that planning takes seconds."""
 
+_MEDIUM_SEGMENTS = 32
+"""Graphs of up to so many segments are worth more effort: there, less is within 5 % of the best.
+
+For throughput they are searched by branch and bound as well.
+"""
+
+_MEDIUM_EFFORT = 3
+"""How many times as much effort that is."""
+
+_BOUNDED_NODES = 20_000
+"""After so many partial placements of such a graph, the best one so far is taken."""
+
 _MOST_SEARCHED = 6
 """Of many sets of lanes only so many are searched, those that list scheduling does best on."""
 
@@ -350,10 +362,15 @@ def _search(
     authors = instance.steps(place_authors(scenario.graph, instance.lanes))
     starts = (alone, authors, list_schedule(instance))
     start = min(starts, key=lambda steps: score(instance, steps, objective))
-    if len(alone) > EXACT_SEGMENTS:
-        return anneal(instance, objective, start, effort), False
-    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE)
-    found = search_exactly(instance, objective, incumbent, MAX_NODES)
+    is_small = len(alone) <= EXACT_SEGMENTS
+    is_medium = not is_small and len(alone) <= _MEDIUM_SEGMENTS
+    if is_medium:
+        effort *= _MEDIUM_EFFORT
+    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE if is_small else effort)
+    if not is_small and (objective == "latency" or not is_medium):
+        return incumbent, False
+    most = MAX_NODES if is_small else _BOUNDED_NODES
+    found = search_exactly(instance, objective, incumbent, most)
     if objective == "latency":
         return found.steps, found.is_optimal
     # Of the placements with this interval, one of low latency is wanted.
