@@ -61,6 +61,8 @@ ENQUEUE_SHARE = 0.8
 OVERHEAD_SHARE = 0.01
 """What the harness may add to a latency."""
 
+_MEDIAN = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -131,9 +133,10 @@ def _imprecise(result: Result, summaries: Sequence[RowSummary]) -> Iterator[Find
     if not wide:
         return
     worst = max(wide, key=lambda name: wide[name])
+    within = f"only within {wide[worst]:.1%}" if math.isfinite(wide[worst]) else "has no interval"
     sentence = (
-        f"{len(wide)} of {len(summaries)} rows are not known within {target:.1%} of their "
-        f"medians and ratios: {worst} only within {wide[worst]:.1%}."
+        f"Medians or ratios of {len(wide)} of {len(summaries)} rows are not known within "
+        f"{target:.1%}: {worst} {within}."
     )
     if result.stopped == "time":
         remedy = f"Give it more time: --max-time {math.ceil(2 * procedure.max_time_s)}."
@@ -216,6 +219,30 @@ def _throttled(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
         yield Finding("throttled", None, f"{name} {problem}.", remedy)
 
 
+def _few_samples(result: Result, summaries: Sequence[RowSummary]) -> Iterator[Finding]:
+    needed: dict[float, int] = {}
+    lacking: list[RowSummary] = []
+    for row in summaries:
+        missing = [p for p in row.percentiles if p.percent > _MEDIAN and p.tail_ms is None]
+        needed |= {p.percent: p.tail_samples_needed for p in missing}
+        lacking += [row] if missing else []
+    if not lacking:
+        return
+    takes = " and ".join(f"p{percent:g} takes {count}" for percent, count in needed.items())
+    counts = sorted({row.samples for row in lacking})
+    have = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    rows = "all rows" if len(lacking) == len(summaries) else ", ".join(r.name for r in lacking)
+    most = max(needed.values())
+    min_time_s = math.ceil(1.1 * most * max(row.median_ms for row in lacking) / 1000)
+    max_time_s = math.ceil(1.2 * most / counts[0] * result.procedure.max_time_s)
+    yield Finding(
+        "few-samples",
+        None,
+        f"Tails need samples: {takes}, and {rows} have {have}.",
+        f"Use --min-time {min_time_s} --max-time {max_time_s}.",
+    )
+
+
 _Check = Callable[["Result", Sequence["RowSummary"]], Iterator[Finding]]
 _CHECKS: tuple[_Check, ...] = (
     _partial,
@@ -225,6 +252,7 @@ _CHECKS: tuple[_Check, ...] = (
     _throttled,
     _few_processes,
     _imprecise,
+    _few_samples,
 )
 
 
@@ -279,23 +307,6 @@ def _differing(row: Row, summary: RowSummary, result: Result) -> Iterator[Findin
         )
 
 
-def _few_samples(_: Row, summary: RowSummary, result: Result) -> Iterator[Finding]:
-    lacking = [p for p in summary.percentiles if p.percent > 50 and p.tail_ms is None]
-    if lacking:
-        most = max(lacking, key=lambda p: p.tail_samples_needed)
-        names = " and ".join(f"p{p.percent:g}" for p in lacking)
-        seconds = math.ceil(1.1 * most.tail_samples_needed * summary.median_ms / 1000)
-        factor = 1.2 * most.tail_samples_needed / summary.samples
-        max_time_s = math.ceil(factor * result.procedure.max_time_s)
-        yield Finding(
-            "few-samples",
-            summary.name,
-            f"{summary.name} has {summary.samples} samples, too few for {names}: "
-            f"p{most.percent:g} takes {most.tail_samples_needed}.",
-            f"Use --min-time {seconds} --max-time {max_time_s}.",
-        )
-
-
 def _enqueue_bound(_: Row, summary: RowSummary, __: Result) -> Iterator[Finding]:
     split = summary.split
     if split is None:
@@ -341,7 +352,6 @@ _ROW_CHECKS: tuple[_RowCheck, ...] = (
     _differing,
     _enqueue_bound,
     _overhead,
-    _few_samples,
 )
 
 

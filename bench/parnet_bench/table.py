@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parnet_bench.findings import find
+from parnet_bench.peaks import achieved
 from parnet_bench.summary import RowSummary, summarise
 from parnet_export.console import (
     format_bytes,
     format_count,
     format_ms,
+    format_percent,
     format_ratio,
     format_shape,
     printable,
@@ -51,16 +53,21 @@ def render(result: Result) -> Group:
         Text.assemble(("warning: ", "bold yellow"), printable(line))
         for line in warning_lines(find(result))
     ]
-    return Group(_latencies(summaries), _networks(result, summaries), *remarks, *warnings)
+    tables = [_latencies(summaries), _networks(result, summaries)]
+    if any(row.footprint for row in result.rows):
+        tables.append(_resources(result, summaries))
+    return Group(*tables, *remarks, *warnings)
 
 
 def warning_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield each warning with its remedy; what every row lacks alike is said once."""
+    """Yield each warning with its remedy; rows of which the same holds share a line."""
     by_remedy: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         by_remedy[finding.kind, finding.remedy].append(finding)
-    for (_, remedy), alike in by_remedy.items():
-        yield f"{' '.join(finding.sentence for finding in alike)} {remedy}"
+    for (_, remedy), (first, *others) in by_remedy.items():
+        rows = ", ".join(finding.row for finding in others if finding.row is not None)
+        also = f" The same goes for {rows}." if rows else ""
+        yield f"{first.sentence}{also} {remedy}"
 
 
 def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]:
@@ -146,26 +153,15 @@ def _shown(percentile: PercentileSummary) -> float | None:
 
 def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
     inputs = [_input(row.description) for row in result.rows]
-    loaded = any(row.load_ms is not None for row in summaries)
-    table = _table(
-        "samples/s",
-        *(("load ms", "memory") if loaded else ()),
-        "parameters",
-        "FLOPs",
-        "depth",
-        "fused",
-    )
+    table = _table("samples/s", "parameters", "FLOPs", "depth", "fused")
     if len(set(inputs)) > 1:
         table.add_column("input")
     for row, summary, shapes in zip(result.rows, summaries, inputs, strict=True):
-        description, footprint = row.description, row.footprint
-        peak_bytes = footprint.peak_host_bytes if footprint else None
-        pipelined = summary.pipelined
+        description, pipelined = row.description, summary.pipelined
         samples_per_s = pipelined.samples_per_s if pipelined else summary.samples_per_s
         cells = [
             printable(description.name),
             f"{samples_per_s:,.1f}",
-            *((_ms(summary.load_ms), _bytes(peak_bytes)) if loaded else ()),
             format_count(description.parameters),
             format_count(description.flops),
             str(description.depth),
@@ -173,6 +169,33 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
             shapes,
         ]
         table.add_row(*cells[: len(table.columns)])
+    return table
+
+
+def _resources(result: Result, summaries: Sequence[RowSummary]) -> Table:
+    """Return what rows take besides time, and how near they come to the cores' limits."""
+    table = _table("load ms", "memory", "weights", "J/inference", "FLOP/s", "of peak", "copy peak")
+    peaks = {peak.threads: peak for peak in result.peaks}
+    for row, summary in zip(result.rows, summaries, strict=True):
+        footprint, energy, description = row.footprint, row.energy, row.description
+        traffic = footprint.weights_bytes + footprint.activation_bytes if footprint else None
+        reached = achieved(
+            summary.median_ms,
+            description.flops * description.batch,
+            traffic,
+            peaks.get(len(description.cores)),
+        )
+        joules = energy.j_per_inference if energy else None
+        table.add_row(
+            printable(description.name),
+            _NONE if summary.load_ms is None else f"{summary.load_ms:,.0f}",
+            _bytes(footprint.peak_host_bytes if footprint else None),
+            _bytes(footprint.weights_bytes if footprint else None),
+            _NONE if joules is None else f"{joules:.3g}",
+            format_count(reached.flops_per_s),
+            _NONE if reached.flops_share is None else format_percent(reached.flops_share),
+            _NONE if reached.bytes_share is None else format_percent(reached.bytes_share),
+        )
     return table
 
 
