@@ -13,6 +13,7 @@ import typer
 from parnet_bench import (
     compare_command,
     costs_command,
+    engines_command,
     env_command,
     lanes_command,
     latency_command,
@@ -20,6 +21,7 @@ from parnet_bench import (
     paper_command,
     plan_command,
     report_command,
+    selftest_command,
     timeline_command,
 )
 from parnet_export import console
@@ -42,6 +44,8 @@ for command in (
     lanes_command,
     loadgen_command,
     env_command,
+    engines_command,
+    selftest_command,
 ):
     command.register(app)
 
