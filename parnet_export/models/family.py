@@ -100,6 +100,9 @@ class Family:
         The family's networks in the catalogue.
     output_names
         Names of the tensors that a module of the family returns, in order.
+    untold
+        Fields of the configuration that tensors do not tell: `restore` assumes them, and
+        a catalogue name that a checkpoint is said to be decides.
     """
 
     key: str
@@ -115,3 +118,4 @@ class Family:
     describe: Callable[[Any], str]
     entries: tuple[Entry, ...]
     output_names: tuple[str, ...] = ("logits",)
+    untold: tuple[str, ...] = ()
