@@ -249,7 +249,8 @@ def test_every_name_is_recognised_and_its_structure_read_off(name):
         state = family.build(entry.config, "none", ()).state_dict()
     assert [f.key for f in FAMILIES.values() if f.recognises(state)] == [family.key]
     restored = family.restore(state, getattr(entry.config, "activation", "auto"))
-    assert (restored.config, restored.level) == (entry.config, "none")
+    told = {field: getattr(entry.config, field) for field in family.untold}
+    assert (replace(restored.config, **told), restored.level) == (entry.config, "none")
     assert entry.resolution % family.input_multiple(entry.config) == 0
     assert (entry.origin == "reconstruction") == bool(entry.choices)
 
