@@ -34,6 +34,7 @@ LARGE_NETWORKS = [
     ("yolov4-csp", "full", 64),
     ("parnet-m-one-stream-x2", "full", 32),
     ("parnet-xl-csp-det", "full", 64),
+    ("parnet-xl-det", "full", 64),
 ]
 
 
