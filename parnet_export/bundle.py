@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Literal, Self
 import msgspec
 
 from parnet_export import files
+from parnet_export.detection_form import (
+    DetectionOutput,  # noqa: TC001 - msgspec reads annotations at run time
+)
 from parnet_export.errors import InputError, name_some
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
@@ -64,6 +67,8 @@ class Provenance:
         The command line, if a command line made it.
     created
         UTC time, ISO 8601.
+    detections
+        How a detector's outputs are to be read; None for other networks and ONNX files.
     """
 
     network: str
@@ -77,6 +82,7 @@ class Provenance:
     tools: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     created: str = ""
+    detections: DetectionOutput | None = None
 
     @property
     def label(self) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from parnet_export.bundle import Provenance
+    from parnet_export.detection_form import Suppression
     from parnet_export.inspection import Inspection
 
 app = typer.Typer(
@@ -154,6 +155,27 @@ def split_streams(
             min=0, max=1, help="Keep a parallel region that saves this share of the network's time."
         ),
     ] = 0.03,
+    detections: Annotated[
+        Literal["raw", "decoded", "nms"] | None,
+        typer.Option(
+            help="What a detector returns: raw heads, all boxes decoded, or the boxes that "
+            "non-maximum suppression in the graph keeps (not for TensorRT-RTX). Default: raw."
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With nms: keep boxes of a greater score. Default: 0.4."),
+    ] = None,
+    iou_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With nms: the overlap above which a box goes. Default: 0.5."
+        ),
+    ] = None,
+    max_detections: Annotated[
+        int | None,
+        typer.Option(min=1, help="With nms: room for so many boxes in an image. Default: 300."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify/--no-verify", help="Prove that whole and split graph agree."),
@@ -173,6 +195,12 @@ def split_streams(
     images = _parse_batch(batch)
     path = out or pipeline.beside(source, ".bundle")
     _check_places(source, {"--output": output})
+    limits = {
+        "--score-threshold": score_threshold,
+        "--iou-threshold": iou_threshold,
+        "--max-detections": max_detections,
+    }
+    suppression = _parse_suppression(detections, limits)
     model: ir.Model
     provenance: Provenance
     if source.endswith(".onnx"):
@@ -183,6 +211,7 @@ def split_streams(
             "--activation": None if activation == "auto" else activation,
             "--use-ema": use_ema or None,
             "--seed": seed or None,
+            "--detections": detections,
         }
         for option, value in useless.items():
             if value is not None:
@@ -197,7 +226,12 @@ def split_streams(
             )
         with console.working("exporting to ONNX"):
             model, provenance = pipeline.export_graph(
-                network, level=level, resolution=resolution, batch=images
+                network,
+                level=level,
+                resolution=resolution,
+                batch=images,
+                form=detections,
+                suppression=suppression,
             )
     with console.working(f"splitting, proving and writing {path}"):
         bundle, notes = pipeline.make_bundle(
@@ -300,6 +334,23 @@ def _parse_batch(batch: str | None) -> int | str:
     if batch != "dynamic" and not batch.isdecimal():
         raise InputError("--batch", f"{batch!r} is not a number of images", "Use N or dynamic")
     return batch if batch == "dynamic" else int(batch)
+
+
+def _parse_suppression(
+    form: str | None, limits: dict[str, float | int | None]
+) -> Suppression | None:
+    """Return what ``nms`` keeps, or None for other forms, which take no limits."""
+    from parnet_export.detection_form import Suppression
+
+    given = [option for option, value in limits.items() if value is not None]
+    if form != "nms":
+        if given:
+            problem = "only non-maximum suppression in the graph takes it"
+            raise InputError(given[0], problem, "Add --detections nms, or leave it out")
+        return None
+    names = ("min_score", "max_iou", "max_detections")
+    values = zip(names, limits.values(), strict=True)
+    return Suppression(**{name: value for name, value in values if value is not None})  # type: ignore[arg-type]  # typer has checked them
 
 
 def _show_inspection(found: Inspection, *, as_json: bool, output: Path | None) -> None:

@@ -94,6 +94,8 @@ def export_onnx(
     output_names
         Names of the tensors that the module returns.
     """
+    from parnet_export.models.suppressed_detector import onnx_translations
+
     # An exported batch of one would be taken for a constant, so a dynamic one starts at two.
     image = torch.zeros(batch or 2, 3, resolution, resolution)
     dynamic = None if batch is not None else ({0: torch.export.Dim(BATCH_NAME, min=1)},)
@@ -106,6 +108,7 @@ def export_onnx(
             output_names=list(output_names),
             dynamic_shapes=dynamic,
             opset_version=OPSET_VERSION,
+            custom_translation_table=onnx_translations(),
             verbose=False,
         )
     if program is None:

@@ -305,6 +305,8 @@ def _origin_facts(inspection: Inspection) -> list[tuple[str, str]]:
         facts.append(("activation", origin.activation))
     if origin.level:
         facts.append(("fuse level", origin.level))
+    if origin.detections is not None:
+        facts.append(("returns", origin.detections.description))
     facts.append(("precision", inspection.precision))
     if inspection.batch is not None:
         dynamic = isinstance(inspection.batch, str)

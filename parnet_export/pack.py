@@ -99,6 +99,7 @@ def write_bundle(
                 {name: path / file for name, file in segments.items()},
                 precision=precision,
                 sizes=sizes,
+                detections=provenance.detections,
             )
             proof.require("Nothing was written.")
         return writer.commit(

@@ -10,6 +10,12 @@ import onnx_ir as ir
 
 from parnet_export import files
 from parnet_export.bundle import Provenance
+from parnet_export.detector import (
+    FULL_PRECISION_MODULES,
+    detection_output,
+    is_detector,
+    with_output,
+)
 from parnet_export.errors import CheckFailedError, InputError
 from parnet_export.export import export_network
 from parnet_export.fuse import fuse_network, prove_fusion
@@ -21,6 +27,7 @@ from parnet_export.split import SplitOptions, split_model
 
 if TYPE_CHECKING:
     from parnet_export.bundle import Bundle, Precision
+    from parnet_export.detection_form import Form, Suppression
     from parnet_export.fuse import FusionProof
     from parnet_export.network import Level, Network
 
@@ -54,7 +61,13 @@ def fuse_and_prove(network: Network, level: Level) -> tuple[Network, FusionProof
 
 
 def export_graph(
-    network: Network, *, level: Level | None = None, resolution: int | None, batch: int | str
+    network: Network,
+    *,
+    level: Level | None = None,
+    resolution: int | None,
+    batch: int | str,
+    form: Form | None = None,
+    suppression: Suppression | None = None,
 ) -> tuple[ir.Model, Provenance]:
     """Export a network, fused to `level` first if it is in training form.
 
@@ -69,6 +82,17 @@ def export_graph(
         Height and width in pixels; the network's own by default.
     batch
         Images per inference, or `DYNAMIC`.
+    form
+        What the graph of a detector returns, by default its raw heads.
+    suppression
+        Which boxes a graph of form ``"nms"`` keeps; by default those of `Suppression`.
+
+    Raises
+    ------
+    InputError
+        When the level, the geometry or the form does not suit the network.
+    CheckFailedError
+        When the fused network does not compute the same.
     """
     wanted = level or ("full" if network.level == "none" else network.level)
     if network.level == "none" and wanted != "none":
@@ -76,6 +100,8 @@ def export_graph(
     elif wanted != network.level:
         problem = f"{network.name} is already fused at level {network.level}, not {wanted}"
         raise InputError("--level", problem, "Leave it out, or give the trained checkpoint")
+    if form is not None or is_detector(network):
+        network = with_output(network, detection_output(network, form or "raw", suppression))
     images = None if batch == DYNAMIC else int(batch)
     return export_network(network, resolution=resolution, batch=images), network.provenance
 
@@ -156,7 +182,7 @@ def make_bundle(
     bundle, notes
         The notes say what the splitter found, for people.
     """
-    graph = to_fp16(model) if precision == "fp16" else model
+    graph = to_fp16(model, keep=FULL_PRECISION_MODULES) if precision == "fp16" else model
     split = split_model(graph, options or SplitOptions())
     noted = replace(provenance, command=command)
     bundle = write_bundle(split, path, precision=precision, provenance=noted, prove=prove)

@@ -18,7 +18,7 @@ from parnet_export.errors import InputError, name_some
 from parnet_export.onnx_graph import prepare, source_of, subgraphs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 HALF_MAX = float(np.finfo(np.float16).max)
 """Largest finite float16, 65504."""
@@ -42,7 +42,7 @@ _INDIFFERENT_OPERATORS = frozenset({"Cast", "Shape", "Size"})
 """Operators that take any precision as it is, and whose output does not depend on it."""
 
 
-def to_fp16(model: ir.Model) -> ir.Model:
+def to_fp16(model: ir.Model, *, keep: Collection[str] = ()) -> ir.Model:
     """Return a copy of `model` that computes in float16.
 
     Network inputs and outputs keep their types; casts stand at the borders. Sums
@@ -53,6 +53,9 @@ def to_fp16(model: ir.Model) -> ir.Model:
     ----------
     model
         Any ONNX graph. It is left as it is.
+    keep
+        Names of modules whose operators compute in float32 as well. An operator belongs to
+        ``c`` when its own name starts with a path such as ``"a.c.b/"``.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def to_fp16(model: ir.Model) -> ir.Model:
             f"has control flow ({name_some(controlled)}), which cannot be converted to fp16",
             "Export the network without it, or use --precision fp32",
         )
-    out_of_range = _Conversion(converted.graph).run()
+    out_of_range = _Conversion(converted.graph, keep).run()
     if out_of_range:
         raise InputError(
             source_of(model),
@@ -86,10 +89,11 @@ def to_fp16(model: ir.Model) -> ir.Model:
 class _Conversion:
     """One pass over one graph, in topological order, that changes it in place."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, keep: Collection[str]) -> None:
         self._graph = graph
         self._opsets = graph.opset_imports
         self._kept = _full_precision_nodes(graph)
+        self._kept |= {node for node in graph if not set(keep).isdisjoint(_modules(node))}
         self._names = {value.name for value in _values(graph)}
         # Only what was float32 is converted: a float16 tensor may have been one before.
         self._floats = {value for value in _values(graph) if value.dtype == _FULL}
@@ -218,6 +222,12 @@ def _full_precision_nodes(graph: ir.Graph) -> set[ir.Node]:
         if node in classifiers or node.op_type in _SUMMING_OPERATORS:
             kept.add(node)
     return kept
+
+
+def _modules(node: ir.Node) -> list[str]:
+    """Return the names of the modules that an operator is inside of."""
+    path, separator, _ = (node.name or "").rpartition("/")
+    return path.split(".") if separator else []
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

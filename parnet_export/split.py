@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SplitOptions = ClusteringOptions
 """Options of `split_model`."""
 
+_DATA_DEPENDENT_OPERATORS = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+"""Operators with outputs whose sizes depend on the values of their inputs."""
+
 _FREE_OPERATORS = frozenset(
     {"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"}
 )
@@ -180,15 +183,18 @@ def _inseparable(graph: ir.Graph) -> list[list[ir.Node]]:
 
     Sequences, maps, strings and packed types cannot cross between segments, so whoever
     reads such a value stays with its producer, and so does all that lies between them.
-    Most graphs have none, and every node is a group.
+    The same holds for a tensor whose size depends on data: there is memory for what
+    crosses before an inference starts. Most graphs have none, and every node is a group.
     """
     nodes = list(graph)
+    free = _data_dependent_sizes(graph)
     group = {node: index for index, node in enumerate(nodes)}
     glued: list[tuple[ir.Node, ...]] = [
         (producer, node)
         for node in nodes
         for value in node_inputs(node)
-        if (producer := value.producer()) is not None and not is_transferable(value)
+        if (producer := value.producer()) is not None
+        and (not is_transferable(value) or not free.isdisjoint(_symbols(value)))
     ]
     while glued:
         for first, *others in glued:
@@ -206,6 +212,22 @@ def _inseparable(graph: ir.Graph) -> list[list[ir.Node]]:
         else:
             return [[node for node in nodes if group[node] == index] for index in order]
     return [[node] for node in nodes]
+
+
+def _data_dependent_sizes(graph: ir.Graph) -> set[str]:
+    """Return the names of dimensions whose sizes depend on data."""
+    sizes = {
+        symbol
+        for node in graph
+        if node.op_type in _DATA_DEPENDENT_OPERATORS and node.domain == ""
+        for value in node.outputs
+        for symbol in _symbols(value)
+    }
+    return sizes - {symbol for value in graph.inputs for symbol in _symbols(value)}
+
+
+def _symbols(value: ir.Value) -> set[str]:
+    return {str(d.value) for d in value.shape or () if not isinstance(d, int)}
 
 
 def _work_graph(

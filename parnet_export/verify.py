@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from parnet_export.compare_detections import compared_detections
 from parnet_export.errors import CheckFailedError, name_some
 from parnet_export.onnx_runtime import open_session, runtime_failures
 from parnet_export.samples import make_samples
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_export.bundle import Precision
+    from parnet_export.detection_form import DetectionOutput
     from parnet_export.samples import Sample
     from parnet_export.stream_graph import StreamGraph, TensorSpec
 
@@ -43,6 +45,13 @@ SOURCE_LIMIT: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2}
 """Largest relative error against the source network in torch, in float32.
 
 ParNet-S at 224 px is off by 8e-7, and by 4e-4 in half precision.
+"""
+
+BOX_FACTOR = 10.0
+"""How much larger the limits are for boxes than for the heads that they are decoded from.
+
+A box's size is an anchor's times ``(2 sigmoid(x))**2``: an error of x counts twice, and x is
+larger than what the error is compared with.
 """
 
 _SPLIT_PURPOSE = "Proving the split (--no-verify skips it)"
@@ -154,6 +163,8 @@ def compare_outputs(
     actual: Sequence[Tensors],
     reference: Sequence[Tensors],
     limit: float,
+    *,
+    detections: DetectionOutput | None = None,
 ) -> tuple[Check, ...]:
     """Compare the outputs of two forms of a network, one check for each kind of sample.
 
@@ -171,7 +182,18 @@ def compare_outputs(
         The outputs for each sample. Every output of the reference is compared.
     limit
         Largest relative error that passes.
+    detections
+        How a detector's outputs are to be read. Boxes have the limit times `BOX_FACTOR`;
+        after suppression they are compared by `detections_error`.
     """
+    if detections is not None and detections.form != "raw":
+        limit *= BOX_FACTOR
+    if detections is not None and detections.suppression is not None:
+        compared = compared_detections(samples, actual, reference, detections.suppression, limit)
+        return tuple(
+            Check(name, kind, error, limit, "" if error <= limit else "other objects are found")
+            for kind, error in compared.items()
+        )
     errors: dict[str, float] = {}
     details: dict[str, str] = {}
     never_finite: set[str] = set().union(*reference)
@@ -224,6 +246,7 @@ def prove_split(
     precision: Precision,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
+    detections: DetectionOutput | None = None,
 ) -> Proof:
     """Compare a whole graph with its segments, run one after another by ONNX Runtime.
 
@@ -242,6 +265,8 @@ def prove_split(
         Seed of the random inputs.
     sizes
         Sizes of symbolic dimensions, as `make_samples` takes them.
+    detections
+        How a detector's outputs are to be read.
 
     Returns
     -------
@@ -274,7 +299,9 @@ def prove_split(
                 known.update(new)
         checks.append(_check_shapes(graph, tensors))
         limit = SPLIT_LIMIT[precision]
-        checks += compare_outputs("split against whole", samples, tensors, expected, limit)
+        checks += compare_outputs(
+            "split against whole", samples, tensors, expected, limit, detections=detections
+        )
     return Proof("the split", tuple(checks))
 
 

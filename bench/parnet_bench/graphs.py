@@ -43,6 +43,26 @@ class Geometry:
     precision: Precision
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a checkpoint is read; see `parnet_export.source.load_network`."""
+
+    arch: str | None = None
+    activation: str = "auto"
+    use_ema: bool = False
+
+    def __str__(self) -> str:
+        """Tell it from others, as part of a cache's key."""
+        parts = [f"as {self.arch}" if self.arch else ""]
+        parts += [self.activation if self.activation != "auto" else ""]
+        parts += ["averaged" if self.use_ema else ""]
+        return " ".join(filter(None, parts))
+
+
+AS_IT_IS = Reading()
+"""No wishes: everything is told from the checkpoint."""
+
+
 def is_bundle(target: str) -> bool:
     """Whether a target is a folder with a manifest."""
     return (Path(target) / MANIFEST_NAME).exists()
@@ -83,6 +103,17 @@ def catalogue_name(name: str) -> str:
     return found
 
 
+def detectors(family: str | None = None) -> tuple[str, ...]:
+    """Return the catalogue's detectors, of one family or all: what gives no logits."""
+    from parnet_export.models.catalog import CATALOG
+
+    return tuple(
+        name
+        for name, (owner, _) in CATALOG.items()
+        if owner.output_names != ("logits",) and family in {None, owner.key}
+    )
+
+
 def native_resolution(name: str) -> int:
     """Return height and width in pixels that a network of the catalogue is made for."""
     from parnet_export.models.catalog import CATALOG
@@ -90,7 +121,9 @@ def native_resolution(name: str) -> int:
     return CATALOG[name][1].resolution
 
 
-def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> CachedGraph:
+def network_graph(
+    source: str, level: Level, geometry: Geometry, seed: int, reading: Reading = AS_IT_IS
+) -> CachedGraph:
     """Return a network's graph, from the cache if it is there, and its size in training form.
 
     Parameters
@@ -103,6 +136,8 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> C
         Size, batch and precision of the graph.
     seed
         Seed of a catalogue name's random weights.
+    reading
+        How a checkpoint is read.
 
     Raises
     ------
@@ -124,7 +159,7 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> C
         )
     key = GraphKey(
         network=name_of_file(path) if from_file else source,
-        weights=_sha256_of(path) if from_file else f"seed {seed}",
+        weights=f"{_sha256_of(path) if from_file else f'seed {seed}'} {reading}".rstrip(),
         level=level,
         resolution=resolution,
         batch=geometry.batch,
@@ -133,7 +168,13 @@ def network_graph(source: str, level: Level, geometry: Geometry, seed: int) -> C
     )
 
     def make(bundle: Path) -> NetworkSize:
-        network = load_network(source, seed=seed)
+        network = load_network(
+            source,
+            arch=reading.arch,
+            activation=reading.activation,
+            use_ema=reading.use_ema,
+            seed=seed,
+        )
         if network.level != "none":
             raise InputError(
                 source, f"is fused already (level {network.level})", "Give the trained checkpoint"

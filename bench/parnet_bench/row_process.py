@@ -5,16 +5,22 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from typing import IO, TYPE_CHECKING, Self
 
 import msgspec
 
-from parnet_bench.worker import Job, Reply, TurnRequest
+from parnet_bench.worker import Reply, Request
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import TracebackType
+
+    from parnet_bench.job import Job
+    from parnet_bench.result import RowTimeline
+    from parnet_bench.turn import Turn, TurnRequest
+
+_NS_PER_MS = 1_000_000
 
 
 class RowFailedError(ParnetError):
@@ -32,6 +38,7 @@ class RowFailedError(ParnetError):
 
     def __init__(self, name: str, problem: str, exit_code: int) -> None:
         super().__init__(f"{name}: {problem}")
+        self.problem = problem
         self.exit_code = exit_code
 
 
@@ -39,7 +46,7 @@ class RowProcess:
     """A worker process with one row loaded, ready to be measured.
 
     The process is started by the constructor and ended by `close`. Between turns it
-    is suspended, with all its threads.
+    is suspended, with all its threads. It is a `parnet_bench.turn.Worker`.
 
     Parameters
     ----------
@@ -55,7 +62,8 @@ class RowProcess:
     """
 
     def __init__(self, name: str, job: Job) -> None:
-        self._name = name
+        self.name = name
+        start_ns = time.perf_counter_ns()
         # A session of its own keeps Ctrl-C at the terminal from reaching the worker.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "parnet_bench.worker"],
@@ -65,23 +73,48 @@ class RowProcess:
         )
         try:
             self._ask(job)
+            self.load_ms = (time.perf_counter_ns() - start_ns) / _NS_PER_MS
             self._process.send_signal(signal.SIGSTOP)
         except BaseException:
             self.close()
             raise
 
-    def turn(self, runs: int) -> Sequence[int]:
-        """Run the row that many times in succession; see `parnet_bench.measure.Turn`.
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    def take_turn(self, request: TurnRequest) -> Turn:
+        """Run the row as often as asked; see `parnet_bench.turn.Worker.take_turn`.
 
         Raises
         ------
         RowFailedError
             When the row fails.
         """
+        turn = self._awake(Request(turn=request)).turn
+        if turn is None:
+            raise AssertionError("a worker answers a request for a turn by a turn")
+        return turn
+
+    def timeline(self, runs: int) -> RowTimeline:
+        """Record some inferences step by step, and return the one of median latency.
+
+        Raises
+        ------
+        RowFailedError
+            When the row fails.
+        """
+        timeline = self._awake(Request(timeline_runs=runs)).timeline
+        if timeline is None:
+            raise AssertionError("a worker answers a request for a timeline by a timeline")
+        return timeline
+
+    def _awake(self, request: Request) -> Reply:
         self._process.send_signal(signal.SIGCONT)
-        latencies_ns = self._ask(TurnRequest(runs)).latencies_ns
+        reply = self._ask(request)
         self._process.send_signal(signal.SIGSTOP)
-        return latencies_ns
+        return reply
 
     def close(self) -> None:
         """End the process. Closing twice does no harm."""
@@ -91,7 +124,7 @@ class RowProcess:
             if pipe is not None:
                 pipe.close()
 
-    def _ask(self, request: Job | TurnRequest) -> Reply:
+    def _ask(self, request: Job | Request) -> Reply:
         requests, replies = _pipes(self._process)
         try:
             requests.write(msgspec.json.encode(request) + b"\n")
@@ -103,18 +136,18 @@ class RowProcess:
             raise self._ended()
         reply = msgspec.json.decode(line, type=Reply)
         if reply.error:
-            raise RowFailedError(self._name, reply.error, reply.exit_code)
+            raise RowFailedError(self.name, reply.error, reply.exit_code)
         return reply
 
-    def _ended(self) -> Exception:
+    def _ended(self) -> RowFailedError:
         """Return the error for a worker that ended without an answer."""
         code = self._process.wait()
         if code >= 0:
-            # A bug of ours: the worker has printed its traceback.
-            return RuntimeError(f"the worker of {self._name} ended with exit code {code}")
-        name = signal.Signals(-code).name
-        problem = f"its process was ended by {name}. Memory may have run out: measure fewer rows."
-        return RowFailedError(self._name, problem, exit_code=1)
+            problem = f"its process ended with exit code {code}; it has printed why"
+        else:
+            name = signal.Signals(-code).name
+            problem = f"its process was ended by {name}. Memory may have run out: use fewer rows"
+        return RowFailedError(self.name, f"{problem}.", exit_code=1)
 
     def __enter__(self) -> Self:
         return self

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from parnet_bench import graphs
-from parnet_bench.graphs import Geometry
+from parnet_bench.graphs import AS_IT_IS, Geometry, Reading
 from parnet_bench.result import RowDescription
+from parnet_engines.devices import parse_devices, usable_cores
+from parnet_export import files
 from parnet_export.bundle import open_bundle
 from parnet_export.errors import InputError
 
@@ -21,12 +24,20 @@ if TYPE_CHECKING:
 
     from parnet_bench.graph_cache import CachedGraph
     from parnet_bench.result import Form
-    from parnet_bench.worker import Plan
     from parnet_export.bundle import Bundle, Precision
     from parnet_export.network import Level
     from parnet_export.stream_graph import TensorSpec
 
     Working = Callable[[str], AbstractContextManager[None]]
+
+Task = Literal["classification", "detection"]
+"""What networks are measured where no target is named."""
+
+STREAMS = "streams"
+"""The plan of a row of segments, unless another one is asked for."""
+
+_BESIDE_CLASSIFIERS = ("resnet34", "resnet50")
+_BESIDE_DETECTORS = ("yolov4-csp",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +47,44 @@ class Request:
     Parameters
     ----------
     targets
-        Bundles, ONNX files and catalogue names.
+        Bundles, ONNX files and catalogue names; where there are none, those of the task.
     ckpt
         Checkpoint or catalogue name of the first target's network, in training form.
+    reading
+        How the checkpoint is read.
     baselines
         Catalogue names to measure beside the targets.
-    batch, resolution, precision
+    batches, resolution, precision
         What targets leave open; by default 1, the network's own resolution, and float32.
-        Where a target fixes them, nothing else can be asked for.
+        Where a target fixes them, nothing else can be asked for. Every batch size has rows
+        of its own.
     devices
-        Where to run.
-    cores
-        Logical CPU cores that every row may use.
+        Where to run. With several, segments run on the first one alone and on all of them.
+    threads
+        CPU threads of every row, in all; by default one for each core of the devices.
+    lanes
+        How many segments may run at the same time; by default as many as can.
+    plan
+        How segments are placed: a name of a plan, or the path of a program.
     seed
         Seed of random weights.
+    task
+        What is measured where no target is named.
     """
 
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     ckpt: str | None = None
+    reading: Reading = AS_IT_IS
     baselines: tuple[str, ...] = ()
-    batch: int | None = None
+    batches: tuple[int, ...] = ()
     resolution: int | None = None
     precision: Precision | None = None
     devices: str = "cpu"
-    cores: tuple[int, ...] = (0,)
+    threads: int | None = None
+    lanes: int | None = None
+    plan: str = STREAMS
     seed: int = 0
+    task: Task = "classification"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +99,18 @@ class PlannedRow:
         The bundle that holds its graph.
     sizes
         Sizes of the symbolic dimensions of its inputs.
+    plan
+        How it runs: a name of a plan, or the path of a program.
     """
 
     description: RowDescription
     bundle: Bundle
     sizes: dict[str, int]
+    plan: str
 
     @property
-    def plan(self) -> Plan:
-        """How the bundle runs."""
+    def form_of_graph(self) -> Literal["whole", "streams"]:
+        """Whether it loads the whole graph or the segments."""
         return "streams" if self.description.form == "streams" else "whole"
 
 
@@ -97,7 +124,8 @@ def plan_rows(
     request
         What to measure.
     workspace
-        An existing folder for bundles of ONNX files; needed until the rows have run.
+        An existing folder for bundles of ONNX files and for programs; needed until the rows
+        have run.
     working
         Told what takes time: a context manager around it.
 
@@ -112,16 +140,39 @@ def plan_rows(
     InputError
         When a target cannot be used, or not as asked for.
     """
+    if not request.targets:
+        request = with_default_targets(request)
+    parse_devices(request.devices, threads=request.threads)
     baselines = [graphs.catalogue_name(name) for name in request.baselines]
     for target in request.targets:
         graphs.require_known(target)  # before minutes are spent on exporting another one
     planner = _Planner(request, workspace, working)
-    rows = [row for target in request.targets for row in planner.target_rows(target)]
-    geometry = _geometry(rows[0], rows[0].bundle.manifest.precision)
-    if request.ckpt is not None:
-        rows.insert(0, planner.checkpoint_row(request.ckpt, rows[0], geometry))
-    rows += [planner.baseline_row(name, geometry) for name in baselines]
-    return _with_unique_names(rows), tuple(planner.notes)
+    rows: list[PlannedRow] = []
+    for batch in request.batches or (None,):
+        planner.batch = batch
+        own = [row for target in request.targets for row in planner.target_rows(target)]
+        geometry = _geometry(own[0], own[0].bundle.manifest.precision)
+        if request.ckpt is not None:
+            own.insert(0, planner.checkpoint_row(request.ckpt, own[0], geometry))
+        rows += own
+        rows += [planner.baseline_row(name, geometry) for name in baselines]
+    return _with_unique_names(rows), tuple(dict.fromkeys(planner.notes))
+
+
+def with_default_targets(request: Request) -> Request:
+    """Return a request with the networks of its task: the paper's and what it compares with.
+
+    ParNet-L beside ResNet-34 and ResNet-50 (Goyal et al., arXiv 2110.07641, table 1), and
+    the detectors with a ParNet backbone beside YOLOv4-CSP (table 6).
+    """
+    if request.task == "classification":
+        return replace(
+            request, targets=("parnet-l",), baselines=(*request.baselines, *_BESIDE_CLASSIFIERS)
+        )
+    ours = tuple(name for name in graphs.detectors() if name.startswith("parnet"))
+    if not ours:
+        return replace(request, targets=_BESIDE_DETECTORS)
+    return replace(request, targets=ours, baselines=(*request.baselines, *_BESIDE_DETECTORS))
 
 
 class _Planner:
@@ -129,21 +180,23 @@ class _Planner:
         self._request = request
         self._workspace = workspace
         self._working = working
+        self._opened: dict[str, Bundle] = {}
+        self.batch: int | None = None
         self.notes: list[str] = []
 
     def target_rows(self, target: str) -> list[PlannedRow]:
         if graphs.is_bundle(target):
-            with self._working(f"checking {target}"):
-                bundle = open_bundle(Path(target))
+            bundle = self._once(target, f"checking {target}", lambda: open_bundle(Path(target)))
             return self._whole_and_streams(target, bundle, bundle.manifest.precision)
         if graphs.is_onnx_file(target):
-            with self._working(f"splitting {target}"):
-                folder = self._workspace / f"{len(list(self._workspace.iterdir()))}.bundle"
-                bundle = graphs.onnx_graph(Path(target), folder)
+            folder = self._workspace / f"{len(self._opened)}.bundle"
+            bundle = self._once(
+                target, f"splitting {target}", lambda: graphs.onnx_graph(Path(target), folder)
+            )
             return self._whole_and_streams(target, bundle, None)
         name = graphs.catalogue_name(target)
         geometry = Geometry(
-            self._request.batch or 1,
+            self.batch or 1,
             self._request.resolution or graphs.native_resolution(name),
             self._request.precision or "fp32",
         )
@@ -155,6 +208,7 @@ class _Planner:
         ]
 
     def checkpoint_row(self, ckpt: str, target: PlannedRow, geometry: Geometry) -> PlannedRow:
+        _require_raw_heads(ckpt, target.bundle)
         source, seed = ckpt, self._request.seed
         if not Path(ckpt).is_file():
             source = graphs.catalogue_name(ckpt)
@@ -162,7 +216,7 @@ class _Planner:
             known = target.bundle.manifest.provenance.seed
             seed = seed if known is None else known
         with self._working(f"exporting {ckpt}, unfused"):
-            graph = graphs.network_graph(source, "none", geometry, seed)
+            graph = graphs.network_graph(source, "none", geometry, seed, self._request.reading)
         row = self._unfused_row(ckpt, graph, geometry)
         with self._working(f"comparing {ckpt} with {target.description.target}"):
             _require_same_function(row, target)
@@ -171,6 +225,13 @@ class _Planner:
     def baseline_row(self, name: str, geometry: Geometry) -> PlannedRow:
         graph = self._catalogue_graph(name, "full", geometry)
         return self._row(name, graph.bundle, "whole", geometry.precision)
+
+    def _once(self, target: str, description: str, make: Callable[[], Bundle]) -> Bundle:
+        """Return the bundle of a target, made for its first batch size."""
+        if target not in self._opened:
+            with self._working(description):
+                self._opened[target] = make()
+        return self._opened[target]
 
     def _catalogue_graph(self, name: str, level: Level, geometry: Geometry) -> CachedGraph:
         with self._working(f"exporting {name}, {'unfused' if level == 'none' else 'fused'}"):
@@ -189,22 +250,48 @@ class _Planner:
         self, target: str, bundle: Bundle, precision: Precision | None
     ) -> list[PlannedRow]:
         rows = [self._row(target, bundle, "whole", precision)]
-        if len(bundle.stream_graph.segments) > 1:
-            rows.append(self._row(target, bundle, "streams", precision))
-        else:
+        if self._request.plan == "whole":
+            return rows
+        if len(bundle.stream_graph.segments) == 1:
             self.notes.append(f"{target} is a single segment, so it has no streams row.")
+            return rows
+        devices = self._request.devices
+        rows += [
+            self._row(target, bundle, "streams", precision, devices=text)
+            for text in dict.fromkeys((_first_device(devices), devices))
+        ]
         return rows
 
     def _row(
-        self, target: str, bundle: Bundle, form: Form, precision: Precision | None
+        self,
+        target: str,
+        bundle: Bundle,
+        form: Form,
+        precision: Precision | None,
+        *,
+        devices: str = "",
     ) -> PlannedRow:
         request, manifest = self._request, bundle.manifest
         _refuse_precision(target, precision, request.precision)
-        sizes = _sizes(target, manifest.inputs, request)
+        sizes = _sizes(target, manifest.inputs, self.batch, request.resolution)
         inputs = tuple(replace(t, shape=t.resolve(sizes)) for t in manifest.inputs)
         fixed_batch = _leading_size(manifest.inputs)
+        devices = devices or _first_device(request.devices)
+        count = len(devices.split(","))
+        threads = request.threads
+        if count == 1 and threads is not None:
+            # One device of several has no more cores than its own.
+            threads = min(threads, len(parse_devices(devices)[0].cores)) or None
+        plan, lanes = ("whole", None) if form != "streams" else (request.plan, request.lanes)
         description = RowDescription(
-            name=f"{manifest.provenance.network} {form}",
+            name=" ".join(
+                (
+                    manifest.provenance.network,
+                    form if plan in {STREAMS, "whole"} else f"{form} ({plan})",
+                    *((f"on {count} devices",) if count > 1 else ()),
+                    *((f"batch {self.batch}",) if len(request.batches) > 1 else ()),
+                )
+            ),
             network=manifest.provenance.network,
             form=form,
             target=target,
@@ -216,10 +303,44 @@ class _Planner:
             # A symbolic batch counts as one sample, a fixed one with all its samples.
             flops=manifest.whole_cost.flops // (fixed_batch or 1),
             depth=manifest.whole_cost.depth,
-            devices=request.devices,
-            cores=request.cores,
+            devices=devices,
+            cores=_cores(devices, threads),
+            plan=plan,
+            lanes=lanes,
         )
-        return PlannedRow(description, bundle, sizes)
+        row = PlannedRow(description, bundle, sizes, plan)
+        return replace(row, plan=self._program_file(row)) if plan == "auto" else row
+
+    def _program_file(self, row: PlannedRow) -> str:
+        """Choose a plan by measuring, once for all processes, and return where it lies."""
+        from parnet_engines.plan_option import choose
+        from parnet_engines.program import encode
+        from parnet_engines.session import Session
+
+        description = row.description
+        with self._working(f"choosing a plan for {description.name}"):
+            choice = choose(
+                row.bundle,
+                description.devices,
+                "auto",
+                open_program=partial(Session.load, row.bundle),
+                lanes=description.lanes,
+                threads=len(description.cores) or None,
+            )
+        path = self._workspace / f"{len(list(self._workspace.iterdir()))}.program.json"
+        files.write_bytes(path, encode(choice.program.program))
+        return str(path)
+
+
+def _first_device(devices: str) -> str:
+    return devices.split(",", 1)[0].strip()
+
+
+def _cores(devices: str, threads: int | None) -> tuple[int, ...]:
+    """Return the logical cores of some devices; all that there are where they are GPUs."""
+    found = parse_devices(devices, threads=threads)
+    cores = tuple(sorted(core for device in found for core in device.cores))
+    return cores or usable_cores()[:threads]
 
 
 def _geometry(row: PlannedRow, precision: Precision) -> Geometry:
@@ -236,13 +357,15 @@ def _leading_size(inputs: tuple[TensorSpec, ...]) -> int | None:
     return leading[0] if leading and isinstance(leading[0], int) else None
 
 
-def _sizes(target: str, inputs: tuple[TensorSpec, ...], request: Request) -> dict[str, int]:
+def _sizes(
+    target: str, inputs: tuple[TensorSpec, ...], batch: int | None, resolution: int | None
+) -> dict[str, int]:
     """Return the sizes of symbolic dimensions; refuse sizes other than those that are fixed."""
     sizes: dict[str, int] = {}
     for tensor in inputs:
         for axis, size in enumerate(tensor.shape):
             option = "--batch" if axis == 0 else "--resolution"
-            asked = request.batch if axis == 0 else request.resolution
+            asked = batch if axis == 0 else resolution
             is_image_side = len(tensor.shape) == 4 and axis >= 2
             if isinstance(size, str):
                 if axis == 0:
@@ -265,6 +388,15 @@ def _refuse_precision(target: str, fixed: Precision | None, asked: Precision | N
         problem = f"is {fixed}" if fixed else "is an ONNX file, which runs as it is"
         remedy = f"Make a bundle with `parnet-export split-streams --precision {asked}`"
         raise InputError(target, problem, remedy)
+
+
+def _require_raw_heads(ckpt: str, bundle: Bundle) -> None:
+    """Refuse to compare a checkpoint's raw heads with a graph that makes boxes of them."""
+    output = bundle.manifest.provenance.detections
+    if output is not None and output.form != "raw":
+        problem = f"a graph of {ckpt} ends with raw heads, and {bundle.path} goes on to boxes"
+        remedy = "Leave it out, or make the bundle with --detections raw"
+        raise InputError("--ckpt", problem, remedy)
 
 
 def _require_same_function(row: PlannedRow, target: PlannedRow) -> None:

@@ -1,10 +1,16 @@
-"""Order statistics of latencies, and intervals that assume no distribution.
+"""Order statistics of latencies, and intervals that assume no distribution of them.
 
-Latencies are skewed and often bimodal, so nothing here rests on a mean or on
-normality. Intervals of percentiles come from the binomial distribution of
-order statistics (David and Nagaraja, *Order Statistics*, section 7.1); the
-interval of a ratio comes from resampling whole rounds, which keeps what
-disturbed both rows of a round in both of them.
+Latencies are skewed and often bimodal, so nothing here rests on a mean of latencies or on
+their normality. Intervals of percentiles come from the binomial distribution of
+order statistics (David and Nagaraja, *Order Statistics*, section 7.1).
+
+Medians and ratios are those of a row's typical process: latencies of one process have
+its layout in memory in common, so ten thousand of them tell less than they seem to. The
+intervals come from a block bootstrap. From three processes on, the blocks are processes.
+The statistic is then a mean of one number per process, and the bootstrap needs no drawing
+(Efron and Tibshirani, *An Introduction to the Bootstrap*, section 6.2): with the correction
+for few blocks it is Student's interval. With fewer processes the blocks are rounds, drawn
+together for both rows of a ratio, so that what disturbed both of a round stays in both.
 """
 
 from __future__ import annotations
@@ -14,17 +20,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import bdtr, stdtrit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
+    Block = Sequence[npt.ArrayLike]
+    """The samples of one process, round by round."""
+
 CONFIDENCE = 0.95
 """Confidence of every interval unless another one is asked for."""
 
+MIN_PROCESSES = 3
+"""Fewest processes whose differences make an interval."""
+
 MIN_ROUNDS = 8
-"""Fewest rounds from which a ratio's interval is resampled; below, it comes out too narrow."""
+"""Fewest rounds in a process that make an interval where there are fewer processes."""
 
 _RESAMPLES = 2000
 
@@ -108,7 +121,7 @@ def interval_ranks(
     """
     if count < samples_needed(percent, confidence):
         return None
-    at_most = np.cumsum(_binomial_masses(count, percent / 100))
+    at_most = bdtr(np.arange(count + 1), count, percent / 100)
     tail = (1 - confidence) / 2
     # The percentile lies below sample `low` when fewer than `low` samples lie below it.
     low = int(np.searchsorted(at_most, tail, side="right"))
@@ -127,53 +140,103 @@ def samples_needed(percent: float, confidence: float = CONFIDENCE) -> int:
     return int(np.ceil(np.log((1 - confidence) / 2) / np.log(farther)))
 
 
-def ratio_of_medians(
-    numerator: Sequence[npt.ArrayLike],
-    denominator: Sequence[npt.ArrayLike],
-    *,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
+def typical_median(
+    blocks: Sequence[Block], *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Estimate the ratio of two rows' medians from interleaved rounds.
-
-    Rounds are resampled in pairs: a round that is drawn brings both rows' samples
-    with it, so that a disturbance of the machine cancels as it did in reality.
+    """Estimate a row's median latency: the geometric mean of its processes' medians.
 
     Parameters
     ----------
-    numerator, denominator
-        Samples of each round, the same number of rounds for both. Rounds may
-        differ in length.
+    blocks
+        The samples of each process, round by round.
     seed
-        Seed of the resampling.
+        Seed of the resampling where there are fewer than `MIN_PROCESSES` processes.
     confidence
-        Share of the resampled ratios that the interval holds.
+        Of the interval.
 
     Returns
     -------
     Estimate
-        The ratio of the medians over all rounds, with its bootstrap interval; no
-        interval below `MIN_ROUNDS` rounds.
+        No interval where there are neither processes nor rounds enough.
 
     Raises
     ------
     ValueError
-        When the rows have different numbers of rounds.
+        When there is no process.
     """
-    if len(numerator) != len(denominator):
-        raise ValueError(f"{len(numerator)} rounds against {len(denominator)}")
-    rows = [_Pooled.from_rounds(rounds) for rounds in (numerator, denominator)]
-    counts = np.ones((1, len(numerator)), dtype=np.int64)
-    value = float(rows[0].medians(counts)[0] / rows[1].medians(counts)[0])
-    if len(numerator) < MIN_ROUNDS:
-        return Estimate(value, None)
-    draws = np.random.default_rng(seed).multinomial(
-        len(numerator), [1 / len(numerator)] * len(numerator), size=_RESAMPLES
-    )
-    ratios = rows[0].medians(draws) / rows[1].medians(draws)
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return Estimate(value, Interval(float(low), float(high)))
+    return _estimate([[block] for block in blocks], np.ones(1), seed, confidence)
+
+
+def ratio_of_medians(
+    numerator: Sequence[Block],
+    denominator: Sequence[Block],
+    *,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Estimate the ratio of two rows' typical medians from the same processes and rounds.
+
+    Parameters
+    ----------
+    numerator, denominator
+        The samples of each process, round by round, as many rounds for both. Rounds may
+        differ in length.
+    seed, confidence
+        As in `typical_median`.
+
+    Returns
+    -------
+    Estimate
+        The ratio is that of the two `typical_median`; no interval where there are neither
+        processes nor rounds enough.
+
+    Raises
+    ------
+    ValueError
+        When the rows have different numbers of processes or rounds, or none.
+    """
+    shapes = [[len(block) for block in blocks] for blocks in (numerator, denominator)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"processes of {shapes[0]} rounds against {shapes[1]}")
+    pairs = [list(pair) for pair in zip(numerator, denominator, strict=True)]
+    return _estimate(pairs, np.array([1.0, -1.0]), seed, confidence)
+
+
+def _estimate(
+    processes: Sequence[Sequence[Block]],
+    signs: npt.NDArray[np.float64],
+    seed: int,
+    confidence: float,
+) -> Estimate:
+    """Estimate the product over rows of ``median ** sign``, a geometric mean over processes."""
+    if not processes:
+        raise ValueError("there are no processes")
+    pooled = [[_Pooled.from_rounds(block) for block in blocks] for blocks in processes]
+    logs = np.array([signs @ [math.log(row.median()) for row in rows] for rows in pooled])
+    count, value = len(logs), math.exp(logs.mean())
+    if count >= MIN_PROCESSES:
+        degrees = count - 1
+        variance = float(logs.var(ddof=1)) / count
+    else:
+        rounds = [len(blocks[0]) for blocks in processes]
+        if min(rounds) < MIN_ROUNDS:
+            return Estimate(value, None)
+        degrees = sum(rounds) - count
+        generator = np.random.default_rng(seed)
+        variance = sum(_variance_of(rows, signs, generator) for rows in pooled) / count**2
+    reach = float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(variance)
+    return Estimate(value, Interval(value * math.exp(-reach), value * math.exp(reach)))
+
+
+def _variance_of(
+    rows: Sequence[_Pooled], signs: npt.NDArray[np.float64], generator: np.random.Generator
+) -> float:
+    """Return the variance of one process's log median or ratio, by resampling its rounds."""
+    count = len(rows[0].blocks)
+    draws = generator.multinomial(count, [1 / count] * count, size=_RESAMPLES)
+    logs = signs @ np.log([row.medians(draws) for row in rows])
+    # Resampling finds (count - 1) / count of the variance.
+    return float(logs.var()) * count / (count - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +274,10 @@ class _Pooled:
         np.add.at(blocks, (owners, np.arange(len(pooled)) // width), 1)
         return cls(pooled[order], owners, width, blocks)
 
+    def median(self) -> float:
+        """Return the median of all samples."""
+        return median(self.ordered)
+
     def medians(self, draws: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the median of each resample; ``draws[i, r]`` counts round r in resample i."""
         reached = np.cumsum(draws @ self.blocks, axis=1)
@@ -233,17 +300,3 @@ class _Pooled:
         counts = np.cumsum(np.take_along_axis(draws, owners, axis=1), axis=1)
         offset = np.argmax(counts >= (ranks - before)[:, None], axis=1)
         return np.asarray(self.ordered[block * self.width + offset])
-
-
-def _binomial_masses(count: int, probability: float) -> npt.NDArray[np.float64]:
-    """Return P(B = k) for k = 0 .. count, computed through logarithms to avoid overflow."""
-    log_factorials = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, count + 1)))))
-    successes = np.arange(count + 1)
-    logs = (
-        log_factorials[-1]
-        - log_factorials
-        - log_factorials[::-1]
-        + successes * np.log(probability)
-        + successes[::-1] * np.log1p(-probability)
-    )
-    return np.asarray(np.exp(logs), dtype=np.float64)

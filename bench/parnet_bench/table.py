@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from parnet_bench.findings import find
+from parnet_bench.peaks import achieved
 from parnet_bench.summary import RowSummary, summarise
-from parnet_export.console import format_count, format_ms, format_ratio, format_shape, printable
+from parnet_export.console import (
+    format_bytes,
+    format_count,
+    format_ms,
+    format_percent,
+    format_ratio,
+    format_shape,
+    printable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +26,13 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from parnet_bench.findings import Finding
     from parnet_bench.result import Result, RowDescription
     from parnet_bench.statistics import Interval
+    from parnet_bench.summary import PercentileSummary
 
 _NONE = "-"
-_BUSY_LOAD_PER_CORE = 0.5
+_NS_PER_US = 1000
 _FORMS = {
     "unfused": "the network as trained, one engine",
     "whole": "the whole graph, one engine",
@@ -29,21 +43,36 @@ _LEVELS = {"none": "no", "repvgg": "repvgg", "full": "full"}
 
 
 def render(result: Result) -> Group:
-    """Return a result as tables and remarks."""
+    """Return a result as tables, remarks and warnings."""
     from rich.console import Group
     from rich.text import Text
 
     summaries = summarise(result)
     remarks = [Text(printable(remark)) for remark in remarks_on(result, summaries)]
-    return Group(_latencies(summaries), _networks(result, summaries), *remarks)
+    warnings = [
+        Text.assemble(("warning: ", "bold yellow"), printable(line))
+        for line in warning_lines(find(result))
+    ]
+    tables = [_latencies(summaries), _networks(result, summaries)]
+    if any(row.footprint for row in result.rows):
+        tables.append(_resources(result, summaries))
+    return Group(*tables, *remarks, *warnings)
+
+
+def warning_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield each warning with its remedy; rows of which the same holds share a line."""
+    by_remedy: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        by_remedy[finding.kind, finding.remedy].append(finding)
+    for (_, remedy), (first, *others) in by_remedy.items():
+        rows = ", ".join(finding.row for finding in others if finding.row is not None)
+        also = f" The same goes for {rows}." if rows else ""
+        yield f"{first.sentence}{also} {remedy}"
 
 
 def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]:
     """Yield what a reader of the figures must know, one sentence each."""
     environment = result.environment
-    rounds = f"{len(result.orders)} rounds in random order"
-    if result.partial:
-        yield f"Partial: interrupted after {rounds}."
     descriptions = [row.description for row in result.rows]
     for form in dict.fromkeys(description.form for description in descriptions):
         yield f"{form}: {_FORMS[form]}."
@@ -55,14 +84,23 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
     )
     yield (
         f"{environment.cpu_model}, {len(cores)} of {len(environment.affinity)} usable cores for "
-        f"every row, {', '.join(runtimes)}; {rounds}, one inference at a time."
+        f"every row, {', '.join(runtimes)}."
     )
-    load = environment.load_average[0]
-    if load > _BUSY_LOAD_PER_CORE * (environment.logical_cores or 1):
+    yield _procedure(result)
+    if any(percentile.percent > 50 for row in summaries for percentile in row.percentiles):
         yield (
-            f"The machine was busy when this began (load {load:.1f} on "
-            f"{environment.logical_cores} cores): the figures may not repeat."
+            "Percentiles above the median are MLPerf's early-stopping estimate: with 99 % "
+            "confidence, the true one is no larger."
         )
+    pipelined = next((row.pipelined for row in summaries if row.pipelined), None)
+    if pipelined is not None:
+        yield (
+            f"Latencies are those of one inference at a time; samples/s are those of "
+            f"{pipelined.in_flight} in flight."
+        )
+    if result.overhead_ns:
+        overhead_us = float(np.median(result.overhead_ns)) / _NS_PER_US
+        yield f"Harness and session add {overhead_us:.1f} us to a latency."
     inputs = dict.fromkeys(map(_input, descriptions))
     if len(inputs) == 1:
         yield f"Input: {', '.join(inputs)}."
@@ -73,26 +111,44 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
     )
     if random:
         yield f"Random weights: {', '.join(random)}."
-    for row in result.rows:
-        if not row.recording.settled:
-            yield f"{row.description.name} had not settled when its warm-up ended."
-    yield from _missing_percentiles(summaries)
     yield from result.notes
 
 
+def _procedure(result: Result) -> str:
+    procedure = result.procedure
+    counts = [len(orders) for orders in result.orders]
+    rounds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    order = "in random order" if procedure.interleave else "row by row"
+    processes = f"{len(counts)} process{'es' if len(counts) > 1 else ''}"
+    stopped = {
+        "target": f"stopped when intervals were expected within {procedure.target_ci:.1%}",
+        "time": f"stopped when {procedure.max_time_s:g} s were up",
+        "min-time": f"stopped when each row had {procedure.min_time_s:g} s",
+        "rounds": "as many as were asked for",
+        "interrupted": "interrupted",
+    }[result.stopped]
+    return f"{rounds} rounds {order} in each of {processes}; {stopped}."
+
+
 def _latencies(summaries: Sequence[RowSummary]) -> Table:
-    table = _table("median ms", "95 %", "p90", "p99", "speed-up", "95 %")
+    percents = [p.percent for p in summaries[0].percentiles if p.percent != 50]
+    table = _table(
+        "median ms", "95 %", *(f"p{percent:g}" for percent in percents), "speed-up", "95 %"
+    )
     for row in summaries:
         table.add_row(
             printable(row.name),
             _ms(row.median_ms),
             _interval(row.median_interval_ms, _ms),
-            _ms(row.p90_ms),
-            _ms(row.p99_ms),
+            *(_ms(_shown(p)) for p in row.percentiles if p.percent != 50),
             format_ratio(row.speedup),
             _interval(row.speedup_interval, _ratio),
         )
     return table
+
+
+def _shown(percentile: PercentileSummary) -> float | None:
+    return percentile.tail_ms if percentile.percent > 50 else percentile.value_ms
 
 
 def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
@@ -101,10 +157,11 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
     if len(set(inputs)) > 1:
         table.add_column("input")
     for row, summary, shapes in zip(result.rows, summaries, inputs, strict=True):
-        description = row.description
+        description, pipelined = row.description, summary.pipelined
+        samples_per_s = pipelined.samples_per_s if pipelined else summary.samples_per_s
         cells = [
             printable(description.name),
-            f"{summary.samples_per_s:,.1f}",
+            f"{samples_per_s:,.1f}",
             format_count(description.parameters),
             format_count(description.flops),
             str(description.depth),
@@ -112,6 +169,33 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
             shapes,
         ]
         table.add_row(*cells[: len(table.columns)])
+    return table
+
+
+def _resources(result: Result, summaries: Sequence[RowSummary]) -> Table:
+    """Return what rows take besides time, and how near they come to the cores' limits."""
+    table = _table("load ms", "memory", "weights", "J/inference", "FLOP/s", "of peak", "copy peak")
+    peaks = {peak.threads: peak for peak in result.peaks}
+    for row, summary in zip(result.rows, summaries, strict=True):
+        footprint, energy, description = row.footprint, row.energy, row.description
+        traffic = footprint.weights_bytes + footprint.activation_bytes if footprint else None
+        reached = achieved(
+            summary.median_ms,
+            description.flops * description.batch,
+            traffic,
+            peaks.get(len(description.cores)),
+        )
+        joules = energy.j_per_inference if energy else None
+        table.add_row(
+            printable(description.name),
+            _NONE if summary.load_ms is None else f"{summary.load_ms:,.0f}",
+            _bytes(footprint.peak_host_bytes if footprint else None),
+            _bytes(footprint.weights_bytes if footprint else None),
+            _NONE if joules is None else f"{joules:.3g}",
+            format_count(reached.flops_per_s),
+            _NONE if reached.flops_share is None else format_percent(reached.flops_share),
+            _NONE if reached.bytes_share is None else format_percent(reached.bytes_share),
+        )
     return table
 
 
@@ -132,20 +216,8 @@ def _input(description: RowDescription) -> str:
     return f"{shapes} {description.precision}" if description.precision else shapes
 
 
-def _missing_percentiles(summaries: Sequence[RowSummary]) -> Iterator[str]:
-    """Say for each percentile that is missing what it takes."""
-    for percent in (90, 99):
-        lacking = [row for row in summaries if getattr(row, f"p{percent}_ms") is None]
-        if lacking:
-            needed = getattr(lacking[0], f"p{percent}_samples_needed")
-            longest_ms = max(row.median_ms for row in lacking)
-            seconds = math.ceil(1.1 * needed * longest_ms / 1000)
-            names = (
-                "every row"
-                if len(lacking) == len(summaries)
-                else ", ".join(row.name for row in lacking)
-            )
-            yield f"p{percent} takes {needed} samples; for {names} use --min-time {seconds}."
+def _bytes(size_bytes: int | None) -> str:
+    return _NONE if size_bytes is None else format_bytes(size_bytes)
 
 
 def _ms(value: float | None) -> str:

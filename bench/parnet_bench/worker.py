@@ -3,79 +3,63 @@
 Thread pools of several rows in one process disturb each other: a pool that spins
 while it waits takes the cores from the row whose turn it is, and a pool that does
 not spin is slower than what users run. So every row has a process of its own,
-which sleeps until its turn. It reads a `Job` and then `TurnRequest`s, one JSON
+which sleeps until its turn. It reads a `Job` and then `Request`s, one JSON
 line each, from standard input, and answers with JSON lines on standard output.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO
 
 import msgspec
-import psutil
 
-from parnet_bench.measure import timed
+# msgspec reads the annotations of the dataclasses below at run time.
+from parnet_bench.job import Job
+from parnet_bench.own_process import end_with_parent, use_cores
+from parnet_bench.result import RowTimeline  # noqa: TC001
+from parnet_bench.turn import Turn, TurnRequest  # noqa: TC001
 from parnet_export.errors import ParnetError
-
-Plan = Literal["whole", "streams"]
-"""The whole graph as one engine, or one engine per segment."""
-
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a worker runs.
+class Request:
+    """Ask for a turn, or for a timeline.
 
     Parameters
     ----------
-    bundle
-        Path of a bundle.
-    plan
-        How to run it.
-    devices
-        Where to run, as `parnet_engines.session.Session.open` takes it.
-    cores
-        Logical CPU cores that the process may use.
-    sizes
-        Sizes of the symbolic dimensions of the inputs.
+    turn
+        The turn to take.
+    timeline_runs
+        Otherwise, how many inferences to record step by step.
     """
 
-    bundle: str
-    plan: Plan
-    devices: str
-    cores: tuple[int, ...]
-    sizes: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class TurnRequest:
-    """Ask for a number of runs in succession."""
-
-    runs: int
+    turn: TurnRequest | None = None
+    timeline_runs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a worker answers.
 
+    The first reply, which is empty, says that the row has its first result.
+
     Parameters
     ----------
-    latencies_ns
-        Of the runs that were asked for; empty in the first reply, which says that
-        the row is loaded.
+    turn
+        The turn that was asked for.
+    timeline
+        The timeline that was asked for.
     error
         A message for the user, after which the worker ends.
     exit_code
         The exit code that goes with `error`.
     """
 
-    latencies_ns: tuple[int, ...] = ()
+    turn: Turn | None = None
+    timeline: RowTimeline | None = None
     error: str = ""
     exit_code: int = 0
 
@@ -93,35 +77,19 @@ def main() -> None:
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Open the session of the first line, then run it as often as each further line asks."""
-    from parnet_engines.session import Session
-    from parnet_export.samples import make_samples
+    """Load the row of the first line, then do what each further line asks."""
+    from parnet_bench.loaded_row import LoadedRow
 
     job = msgspec.json.decode(requests.readline(), type=Job)
     use_cores(job.cores)
-    with Session.open(job.bundle, job.devices, plan=job.plan, threads=len(job.cores)) as session:
-        sample = next(make_samples(session.inputs, sizes=job.sizes))
-        turn = timed(lambda: session.run(sample.inputs))
+    with LoadedRow(job) as row:
         _send(replies, Reply())
         for line in requests:
-            request = msgspec.json.decode(line, type=TurnRequest)
-            _send(replies, Reply(latencies_ns=tuple(turn(request.runs))))
-
-
-def use_cores(cores: tuple[int, ...]) -> None:
-    """Keep this process and the threads it starts on some cores, where the system can."""
-    process = psutil.Process()
-    if hasattr(process, "cpu_affinity"):  # macOS has no affinity masks
-        process.cpu_affinity(list(cores))
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent dies.
-
-    A suspended process does not notice that its pipes are closed.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+            request = msgspec.json.decode(line, type=Request)
+            if request.turn is not None:
+                _send(replies, Reply(turn=row.take_turn(request.turn)))
+            else:
+                _send(replies, Reply(timeline=row.timeline(request.timeline_runs)))
 
 
 def _send(replies: IO[bytes], reply: Reply) -> None:

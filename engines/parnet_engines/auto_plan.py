@@ -1,140 +1,79 @@
 """``--plan auto``: what is quickest on this machine, found by measuring.
 
-The candidates are the whole graph with one to all threads, and the planner's best
-placement of the segments for each number of lanes. Rounds of all of them pick the best of
-either kind. If the segments come near the whole graph, fresh rounds of these two decide:
-the whole graph is left only if the lower end of the ratio's interval says that it pays.
-The decision is kept in the bundle's folder, for this machine and these devices.
+The candidates are the whole graph with one to all threads, and the planner's best plans
+of the segments, for whatever division of the cores it finds them. Rounds of all of them
+pick the best of either kind. If the segments come near the whole graph, fresh rounds of
+these two decide: the whole graph is left only if the lower end of the ratio's interval
+says that it pays. The decision is kept in the bundle's folder, for this machine and these
+devices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from parnet_engines.bundle_costs import add_bundle_costs, load_bundle_costs, network_of
+from parnet_engines.bundle_costs import (
+    add_bundle_costs,
+    estimated_costs,
+    load_bundle_costs,
+    network_of,
+)
+from parnet_engines.bundle_program import program_of
 from parnet_engines.clock import Clock, MonotonicClock
 from parnet_engines.cost_measure import measure_costs
-from parnet_engines.cost_table import WHOLE, CostTable, SegmentCost, lane_threads
-
-# msgspec resolves the annotations of the dataclasses below while the program runs.
-from parnet_engines.devices import Device, divide
+from parnet_engines.cost_table import CostTable, SegmentCost, lane_threads
+from parnet_engines.decision import Decision, Trial, best, load_decisions, save_decisions
+from parnet_engines.devices import divide
+from parnet_engines.lane_sets import default_lanes, lane_sets
+from parnet_engines.layouts import place_whole
+from parnet_engines.links import MEMORY
 from parnet_engines.machine import describe_machine
-from parnet_engines.placement import Placement  # noqa: TC001
-from parnet_engines.plan_option import default_lanes, place_streams, place_whole, program_of
-from parnet_engines.rounds import Ratio, ratio_of, run_rounds
-from parnet_engines.session import Session
-from parnet_export import files
+from parnet_engines.placement import Lane
+from parnet_engines.plan import default_in_flight, rank_streams, shortlist
+from parnet_engines.rounds import run_rounds
+from parnet_engines.scenario import Scenario
 from parnet_export.errors import InputError
 from parnet_export.samples import make_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from parnet_engines.cost_measure import OpenProgram
-    from parnet_engines.placement import Lane
+    from numpy.typing import NDArray
+
+    from parnet_engines.devices import Device
+    from parnet_engines.evaluate import Objective
+    from parnet_engines.open_program import OpenProgram, Runner
     from parnet_export.bundle import Bundle
 
-DECISIONS_NAME = "auto_plans.json"
-"""File name of the decisions in a bundle's folder."""
-
-SCHEMA_VERSION = 1
+    Tensors = dict[str, NDArray[Any]]
 
 NOT_WORTH_A_FINAL = 1.15
 """Segments that take so many times as long as the whole graph get no final rounds."""
 
+_MOST_STREAMS = 3
+"""How many plans of segments are measured."""
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A candidate and what was measured of it.
+_MOST_DIVISIONS = 4
+"""For how many divisions of the cores costs are measured, to plan for."""
 
-    Parameters
-    ----------
-    name
-        Name for people, such as ``"whole graph, 2 threads"``.
-    placement
-        What it runs where.
-    latencies_ms
-        The median latency of each round; rounds are those of the trials beside it.
-    """
-
-    name: str
-    placement: Placement
-    latencies_ms: tuple[float, ...] = ()
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it runs the whole graph as one engine."""
-        return self.placement.assignments[0].segment == WHOLE
-
-    @property
-    def latency_ms(self) -> float:
-        """The median over the rounds."""
-        return median(self.latencies_ms)
+_BATCHES = 3
+"""For throughput, how many inferences of each slot make a run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """What was measured to choose a plan, and for whom it holds. `str` shows it.
+class _Question:
+    """What is to be decided: the parameters of `decide`."""
 
-    Parameters
-    ----------
-    network
-        The bundle, see `parnet_engines.bundle_costs.network_of`.
-    machine
-        The machine, see `parnet_engines.machine.describe_machine`.
-    devices
-        The devices that could be used.
-    lanes
-        The number of lanes that was asked for, if any.
-    trials
-        All candidates in the same rounds; at least one runs the whole graph.
-    final
-        The best of either kind in later rounds, the whole graph first; empty if the
-        whole graph was clearly better, or there was nothing else.
-    """
-
-    network: str
-    machine: str
+    bundle: Bundle
     devices: tuple[Device, ...]
     lanes: int | None
-    trials: tuple[Trial, ...]
-    final: tuple[Trial, ...] = ()
-
-    @property
-    def ratio(self) -> Ratio | None:
-        """The whole graph's latency divided by that of the segments, in the final rounds."""
-        if not self.final:
-            return None
-        whole, segments = self.final
-        return ratio_of(whole.latencies_ms, segments.latencies_ms)
-
-    @property
-    def chosen(self) -> Trial:
-        """The whole graph, unless it is certain that the segments are quicker."""
-        if self.ratio is None:
-            return _best(trial for trial in self.trials if trial.is_whole)
-        whole, segments = self.final
-        return segments if self.ratio.low > 1 else whole
-
-    def __str__(self) -> str:
-        width = max(len(trial.name) for trial in self.trials)
-        lines = [f"auto: {self.chosen.name}"]
-        lines += [f"  {t.name:<{width}}  {t.latency_ms:9.3f} ms" for t in self.trials]
-        if self.ratio is not None:
-            ratio = self.ratio
-            lines.append(
-                f"  {self.final[1].name} against {self.final[0].name}: {ratio.value:.3f} times "
-                f"as fast (95 % interval {ratio.low:.3f} to {ratio.high:.3f}, "
-                f"{ratio.rounds} rounds)"
-            )
-        return "\n".join(lines)
+    objective: Objective
+    in_flight: int | None
 
 
 def decide(
@@ -142,8 +81,10 @@ def decide(
     devices: Sequence[Device],
     lanes: int | None = None,
     *,
+    open_program: OpenProgram,
+    objective: Objective = "latency",
+    in_flight: int | None = None,
     again: bool = False,
-    open_program: OpenProgram | None = None,
     clock: Clock | None = None,
 ) -> Decision:
     """Return the plan for a bundle on devices, from an earlier decision where there is one.
@@ -158,12 +99,17 @@ def decide(
     devices
         What may be used.
     lanes
-        The number of lanes to place the segments on; by default every number that can be
-        of use is tried.
+        The most lanes to place the segments on; by default as many as can be of use.
+    open_program
+        Opens a session that runs a program.
+    objective
+        Whether the latency of one inference is compared, or the time from one to the next
+        when several are in flight.
+    in_flight
+        How many inferences overlap; by default one for latency, and for throughput as many
+        as a candidate has lanes.
     again
         Measure even if there is an earlier decision.
-    open_program
-        Opens a session that runs a program; by default with ONNX Runtime.
     clock
         By which candidates are timed.
 
@@ -172,67 +118,103 @@ def decide(
     InputError
         When there are more lanes than cores, or fewer than devices.
     MissingBackendError
-        When ONNX Runtime is not installed.
+        When `open_program` lacks its runtime.
     """
-    question = Decision(network_of(bundle), describe_machine(), tuple(devices), lanes, ())
-    earlier = _load(bundle)
+    asked = _Question(bundle, tuple(devices), lanes, objective, in_flight)
+    network, machine = network_of(bundle), describe_machine()
+    question = Decision(
+        network, machine, asked.devices, lanes, (), objective=objective, in_flight=in_flight
+    )
+    earlier = load_decisions(bundle)
     for decision in earlier:
         if not again and replace(decision, trials=(), final=()) == question:
             return decision
-    trials, final = _measure(bundle, devices, lanes, open_program, clock or MonotonicClock())
+    trials, final = _measure(asked, open_program, clock or MonotonicClock())
     decision = replace(question, trials=trials, final=final)
     others = [d for d in earlier if replace(d, trials=(), final=()) != question]
     with contextlib.suppress(InputError):  # the folder cannot be written to
-        _save(bundle, [*others, decision])
+        save_decisions(bundle, [*others, decision])
     return decision
 
 
 def _measure(
-    bundle: Bundle,
-    devices: Sequence[Device],
-    lanes: int | None,
-    open_program: OpenProgram | None,
-    clock: Clock,
+    asked: _Question, open_program: OpenProgram, clock: Clock
 ) -> tuple[tuple[Trial, ...], tuple[Trial, ...]]:
     """Return the trials of all candidates, and the final ones."""
-    candidates = list(_candidates(bundle, devices, lanes, open_program))
-    load = open_program or partial(Session.load, bundle)
-    sample = next(make_samples(bundle.stream_graph.inputs))
+    candidates = [*_whole_graphs(asked), *_streams(asked, open_program)]
+    inputs = next(make_samples(asked.bundle.stream_graph.inputs)).inputs
     with contextlib.ExitStack() as stack:
-        runs = {}
+        runs: dict[str, Callable[[], object]] = {}
         for trial in candidates:
-            session = load(program_of(bundle, trial.placement), record=False)
-            runs[trial.name] = partial(stack.enter_context(session).run, sample.inputs)
-        compare = partial(_compare, runs=runs, clock=clock, order=random.Random(0))  # noqa: S311
+            program = program_of(asked.bundle, trial.placement, trial.inferences_in_flight)
+            runner = stack.enter_context(open_program(program, record=False))
+            runs[trial.name] = partial(runner.run, inputs)
+            if asked.objective == "throughput":
+                callers = ThreadPoolExecutor(trial.inferences_in_flight)
+                stack.enter_context(callers)
+                runs[trial.name] = partial(_run_all, runner, inputs, callers, _batch(trial))
+        compare = partial(
+            _compare,
+            runs=runs,
+            objective=asked.objective,
+            clock=clock,
+            order=random.Random(0),  # noqa: S311
+        )
         trials = compare(candidates, budget_s=2.0, min_rounds=5, max_rounds=15)
-        whole = _best(trial for trial in trials if trial.is_whole)
+        whole = best(trial for trial in trials if trial.is_whole)
         others = [trial for trial in trials if not trial.is_whole]
-        if not others or _best(others).latency_ms > NOT_WORTH_A_FINAL * whole.latency_ms:
+        if not others or best(others).median_ms > NOT_WORTH_A_FINAL * whole.median_ms:
             return trials, ()
-        finalists = whole, _best(others)
+        finalists = whole, best(others)
         return trials, compare(finalists, budget_s=4.0, min_rounds=12, max_rounds=60)
 
 
-def _best(trials: Iterable[Trial]) -> Trial:
-    return min(trials, key=lambda trial: trial.latency_ms)
-
-
-def _candidates(
-    bundle: Bundle, devices: Sequence[Device], lanes: int | None, open_program: OpenProgram | None
-) -> Iterator[Trial]:
-    """Yield what is worth measuring: the whole graph, and the segments on several lanes."""
-    first = devices[0]
+def _whole_graphs(asked: _Question) -> Iterator[Trial]:
+    """Yield the whole graph with different numbers of threads."""
+    first = asked.devices[0]
     for threads in _thread_counts(len(first.cores)):
-        placement = place_whole(replace(first, cores=first.cores[:threads]))
-        yield Trial(f"whole graph, {_count(threads, 'thread')}", placement)
-    most = default_lanes(bundle.stream_graph, devices)
-    for count in range(max(2, len(devices)), most + 1) if lanes is None else [lanes]:
-        divided = divide(devices, count)
-        costs = _measured_costs(bundle, divided, open_program)
-        placement = place_streams(bundle, divided, costs)
-        if lanes is not None or len({a.lane for a in placement.assignments}) == count:
-            widths = "+".join(str(lane_threads(lane)) for lane in divided)
-            yield Trial(f"streams, {widths} threads", placement)
+        lane = Lane("lane0", first.name, first.cores[:threads])
+        overlapping = asked.in_flight or default_in_flight(asked.objective, [lane])
+        name = f"whole graph, {_count(threads, 'thread')}"
+        yield Trial(name, place_whole(lane), overlapping)
+
+
+def _streams(asked: _Question, open_program: OpenProgram) -> Iterator[Trial]:
+    """Yield the best plans of segments on two or more lanes.
+
+    Estimates say which divisions of the cores are worth measuring costs for, beside the
+    even ones.
+    """
+    bundle, devices = asked.bundle, asked.devices
+    graph = bundle.stream_graph
+    most = default_lanes(graph, devices) if asked.lanes is None else asked.lanes
+    divide(devices, most)  # refuses what cannot be
+    counts = range(max(2, len(devices)), most + 1)
+    offered = [lanes for count in counts for lanes in lane_sets(devices, count)]
+    if not offered:
+        return
+    estimated = Scenario(graph, estimated_costs(bundle, offered), MEMORY)
+    promising = shortlist(estimated, offered, asked.objective, _MOST_DIVISIONS)
+    measured = list(dict.fromkeys([*(divide(devices, count) for count in counts), *promising]))
+    costs = load_bundle_costs(bundle)
+    for lanes in measured:
+        costs = _measured_costs(bundle, costs, lanes, open_program)
+    names = set()
+    for plan in rank_streams(
+        Scenario(graph, costs, MEMORY), measured, asked.objective, _MOST_STREAMS
+    ):
+        lanes = plan.placement.lanes
+        name = f"streams, {'+'.join(str(lane_threads(lane)) for lane in lanes)} threads"
+        if len(lanes) > 1 and name not in names:
+            names.add(name)
+            overlapping = asked.in_flight or default_in_flight(asked.objective, lanes)
+            yield Trial(
+                name,
+                plan.placement,
+                overlapping,
+                predicted_ms=plan.objective_ms,
+                lower_bound_ms=plan.lower_bound_ms,
+            )
 
 
 def _thread_counts(cores: int) -> list[int]:
@@ -245,14 +227,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def _measured_costs(
-    bundle: Bundle, lanes: Sequence[Lane], open_program: OpenProgram | None
+    bundle: Bundle, costs: CostTable, lanes: Sequence[Lane], open_program: OpenProgram
 ) -> CostTable:
-    """Return measured costs for lanes that work side by side, measuring what is missing."""
-    costs = load_bundle_costs(bundle)
-    graph = bundle.stream_graph
+    """Return costs with those for lanes that work side by side, measuring what is missing."""
     for lane in lanes:
         neighbours = sum(other.device == lane.device for other in lanes)
-        for segment in graph.segments:
+        for segment in bundle.stream_graph.segments:
             found = costs.find(segment.name, "cpu", lane_threads(lane), neighbours)
             if found is None or found.busy_lanes != neighbours:
                 return _add_costs(bundle, costs, measure_costs(bundle, lanes, open_program))
@@ -266,10 +246,22 @@ def _add_costs(bundle: Bundle, costs: CostTable, measured: Sequence[SegmentCost]
     return costs.updated(measured)
 
 
+def _batch(trial: Trial) -> int:
+    """Return how many inferences are run at a time for throughput."""
+    return _BATCHES * trial.inferences_in_flight
+
+
+def _run_all(runner: Runner, inputs: Tensors, callers: ThreadPoolExecutor, count: int) -> None:
+    """Run so many inferences, as many at a time as there are callers."""
+    for call in [callers.submit(runner.run, inputs) for _ in range(count)]:
+        call.result()
+
+
 def _compare(
     trials: Sequence[Trial],
     *,
     runs: Mapping[str, Callable[[], object]],
+    objective: Objective,
     clock: Clock,
     order: random.Random,
     budget_s: float,
@@ -277,7 +269,7 @@ def _compare(
     max_rounds: int,
 ) -> tuple[Trial, ...]:
     """Return the trials with what they took in new rounds."""
-    latencies_ms = run_rounds(
+    rounds_ms = run_rounds(
         {trial.name: runs[trial.name] for trial in trials},
         budget_s=budget_s,
         min_rounds=min_rounds,
@@ -285,26 +277,8 @@ def _compare(
         clock=clock,
         order=order,
     )
-    return tuple(replace(trial, latencies_ms=latencies_ms[trial.name]) for trial in trials)
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    schema_version: int
-    decisions: tuple[Decision, ...]
-
-
-def _load(bundle: Bundle) -> list[Decision]:
-    """Return the decisions in a bundle's folder; none from a file that is not understood."""
-    try:
-        content = (bundle.path / DECISIONS_NAME).read_bytes()
-        document = msgspec.json.decode(content, type=_Document)
-    except (OSError, msgspec.DecodeError, ValueError):
-        return []  # whatever was measured can be measured again
-    return list(document.decisions) if document.schema_version == SCHEMA_VERSION else []
-
-
-def _save(bundle: Bundle, decisions: Sequence[Decision]) -> None:
-    document = _Document(SCHEMA_VERSION, tuple(decisions))
-    content = msgspec.json.format(msgspec.json.encode(document), indent=2)
-    files.write_bytes(bundle.path / DECISIONS_NAME, content + b"\n")
+    each = {trial.name: 1 if objective == "latency" else _batch(trial) for trial in trials}
+    return tuple(
+        replace(trial, rounds_ms=tuple(ms / each[trial.name] for ms in rounds_ms[trial.name]))
+        for trial in trials
+    )

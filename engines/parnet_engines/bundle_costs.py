@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from parnet_engines.cost_table import (
     COSTS_NAME,
+    DEVICE_MODELS,
     CostTable,
     DeviceModel,
     estimate_costs,
@@ -32,6 +33,9 @@ TYPICAL_CORE = DeviceModel("typical CPU core", "cpu", 80e9, 20e9, 3.0)
 The rates have the order of magnitude that ParNet-L reaches with ONNX Runtime on a core of
 a server; no publication states them. What a plan depends on is how segments compare.
 """
+
+TYPICAL_GPU = DEVICE_MODELS["a100", "fp16"]
+"""A GPU to plan by as long as nothing is measured: which one matters little to a plan."""
 
 
 def network_of(bundle: Bundle) -> str:
@@ -68,27 +72,45 @@ def add_bundle_costs(bundle: Bundle, measured: Iterable[SegmentCost]) -> CostTab
     return costs
 
 
-def costs_for(bundle: Bundle, lanes: Sequence[Lane]) -> CostTable:
+def costs_for(bundle: Bundle, lane_sets: Sequence[Sequence[Lane]]) -> CostTable:
     """Return the costs of a bundle's segments on lanes of CPU cores.
 
     They are measured ones if all segments were measured on lanes as wide as these, and
     estimates by `TYPICAL_CORE` otherwise: the two do not mix well.
 
+    Parameters
+    ----------
+    bundle
+        The bundle.
+    lane_sets
+        Lanes that may work at the same time, for each of several plans.
+
     Raises
     ------
     InputError
-        When the file with the costs is damaged.
+        When the file with the bundle's costs is damaged.
     """
     graph = bundle.stream_graph
     measured = load_bundle_costs(bundle)
-    widths = {lane_threads(lane) for lane in lanes}
+    widths = {lane_threads(lane) for lanes in lane_sets for lane in lanes}
     if widths <= set(measured.widths((segment.name for segment in graph.segments), "cpu")):
         return measured
+    return estimated_costs(bundle, lane_sets)
+
+
+def estimated_costs(bundle: Bundle, lane_sets: Sequence[Sequence[Lane]]) -> CostTable:
+    """Return estimates by `TYPICAL_CORE` of a bundle's segments and whole graph.
+
+    Parameters
+    ----------
+    bundle, lane_sets
+        As for `costs_for`.
+    """
     return estimate_costs(
-        graph,
+        bundle.stream_graph,
         TYPICAL_CORE,
         whole=bundle.manifest.whole_cost,
-        threads=sorted(widths),
-        max_busy_lanes=len(lanes),
+        threads=sorted({lane_threads(lane) for lanes in lane_sets for lane in lanes}),
+        max_busy_lanes=max(map(len, lane_sets)),
         network=network_of(bundle),
     )

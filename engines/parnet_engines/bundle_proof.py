@@ -59,14 +59,24 @@ def prove_bundle(
     whole = _run_bundle(bundle, "whole", samples)
     split = _run_bundle(bundle, "streams", samples)
     precision = bundle.manifest.precision
+    detections = bundle.manifest.provenance.detections
+    limit = SPLIT_LIMIT[precision]
     checks = list(
-        compare_outputs("split against whole", samples, split, whole, SPLIT_LIMIT[precision])
+        compare_outputs("split against whole", samples, split, whole, limit, detections=detections)
     )
     if source is not None:
+        if detections is not None:
+            from parnet_export.detector import is_detector, with_output
+
+            if is_detector(source):
+                source = with_output(source, detections)
         reference = _run_source(source, bundle, samples)
         limit = SOURCE_LIMIT[precision]
-        checks += compare_outputs("whole against source", samples, whole, reference, limit)
-        checks += compare_outputs("split against source", samples, split, reference, limit)
+        for name, found in (("whole", whole), ("split", split)):
+            against = f"{name} against source"
+            checks += compare_outputs(
+                against, samples, found, reference, limit, detections=detections
+            )
     return Proof(str(bundle.path), tuple(checks))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.session import Session
+    from parnet_engines.base_session import AnySession
     from parnet_export.bundle import Bundle
     from parnet_export.preprocessing import Preprocessing
 
@@ -83,7 +83,7 @@ def classifier_shape(bundle: Bundle) -> tuple[int | None, int]:
 
 
 def classify(
-    session: Session,
+    session: AnySession,
     paths: Sequence[Path],
     settings: Preprocessing,
     *,
@@ -130,7 +130,7 @@ def _load(path: Path, settings: Preprocessing) -> NDArray[np.float32]:
         raise InputError(path, str(error), "Cut out the part to classify") from error
 
 
-def _run(session: Session, images: NDArray[np.float32]) -> NDArray[np.float64]:
+def _run(session: AnySession, images: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the network's outputs; a last batch that is not full is filled up with its first."""
     (image,), (output,) = session.inputs, session.outputs
     batch = image.shape[0] if isinstance(image.shape[0], int) else 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from parnet_engines import classify_command
+from parnet_engines import build_command, classify_command, detect_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,18 +55,42 @@ def verify(
     use_ema: Annotated[
         bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")
     ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Also compare engines on these devices with a float32 reference, segment by "
+            "segment: 0, 0,1,2, cpu.",
+            metavar="DEVICES",
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Runtime on --devices: tensorrt, torch, onnxruntime, openvino.")
+    ] = "auto",
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --devices: write inputs and outputs here, for polygraphy run.",
+            metavar="DIR",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
     ] = None,
 ) -> None:
     """Prove that a bundle is intact, and that its segments compute what they were made from."""
+    from rich.console import Group
+
     from parnet_engines.bundle_proof import prove_bundle
     from parnet_export import console, files
     from parnet_export.bundle import open_bundle
+    from parnet_export.errors import InputError
 
     if output is not None:
         files.require_writable(output)
+    if save is not None and devices is None:
+        problem = "keeps what engines on devices compute, and none are named"
+        raise InputError("--save", problem, "Add --devices, such as --devices 0")
     opened = open_bundle(bundle)
     source = None
     if ckpt is not None:
@@ -80,18 +104,29 @@ def verify(
             )
     with console.working("running whole and split" + (" and source" if source else "")):
         proof = prove_bundle(opened, source=source, random_samples=samples, seed=seed or 0)
-    console.show(
-        _as_dict(opened, source, proof),
-        _table(opened, source, proof),
-        as_json=as_json,
-        output=output,
-    )
+    result, shown = _as_dict(opened, source, proof), [_table(opened, source, proof)]
+    on_devices = None
+    if devices is not None:
+        from parnet_engines import device_verification
+
+        with console.working(f"running engines on {devices}"):
+            on_devices = device_verification.verify_on(
+                opened, devices, engine, samples=samples, seed=seed or 0, save=save
+            )
+        result["devices"] = on_devices
+        result["passed"] = proof.passed and on_devices.passed
+        shown.append(device_verification.table(on_devices))
+    console.show(result, Group(*shown), as_json=as_json, output=output)
     proof.require(_consequence(opened, source))
+    if on_devices is not None:
+        on_devices.require()
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to a command line."""
     app.command()(verify)
+    build_command.register(app)
+    detect_command.register(app)
     classify_command.register(app)
 
 

@@ -13,18 +13,15 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from parnet_engines.bundle_program import program_of
 from parnet_engines.cost_table import CostTable, SegmentCost, device_kind, lane_threads
-from parnet_engines.devices import can_pin
 from parnet_engines.engine_cores import shared_segments
+from parnet_engines.layouts import place_whole
 from parnet_engines.machine import describe_machine
-from parnet_engines.ort import load_engines
 from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.plan_option import program_of
-from parnet_engines.session import Session
 from parnet_export.samples import make_samples
 
 if TYPE_CHECKING:
@@ -33,17 +30,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.check import CheckedProgram
+    from parnet_engines.open_program import OpenProgram, Runner
     from parnet_engines.recording import Recording
     from parnet_export.bundle import Bundle
 
     Tensors = dict[str, NDArray[Any]]
-
-
-class OpenProgram(Protocol):
-    """Opens a session that runs a program of a bundle."""
-
-    def __call__(self, program: CheckedProgram, *, record: bool) -> Session:
-        """Return the session, which records if asked to."""
 
 
 MIN_ROUNDS = 7
@@ -59,7 +50,7 @@ _WARM_UPS = 2
 
 
 def measure_costs(
-    bundle: Bundle, lanes: Sequence[Lane], open_program: OpenProgram | None = None
+    bundle: Bundle, lanes: Sequence[Lane], open_program: OpenProgram
 ) -> tuple[SegmentCost, ...]:
     """Time every segment on lanes of CPU cores.
 
@@ -70,7 +61,7 @@ def measure_costs(
     lanes
         The lanes that a plan is to use at the same time.
     open_program
-        Opens a session for one lane; by default with ONNX Runtime.
+        Opens a session for one lane.
 
     Returns
     -------
@@ -81,18 +72,16 @@ def measure_costs(
 
     Raises
     ------
-    MissingBackendError
-        When ONNX Runtime is not installed.
-    InputError
-        When ONNX Runtime cannot load a segment.
+    MissingBackendError, InputError
+        When `open_program` cannot load a segment.
     SegmentFailedError
         When a segment fails.
     """
-    open_program = open_program or partial(_open_pinned, bundle)
     inputs = next(make_samples(bundle.stream_graph.inputs)).inputs
 
-    def open_lane(lane: Lane) -> Session:
-        session = open_program(_all_segments_on(bundle, lane), record=True)
+    def open_lane(lane: Lane) -> Runner:
+        program = _all_segments_on(bundle, lane)
+        session = open_program(program, record=True, beside_others=True)
         for _ in range(_WARM_UPS):
             session.run(inputs)
         return session
@@ -105,10 +94,23 @@ def measure_costs(
     return CostTable().updated(costs).entries
 
 
+def measure_whole(bundle: Bundle, lane: Lane, open_program: OpenProgram) -> tuple[SegmentCost, ...]:
+    """Time the whole graph as one engine, alone on a lane.
+
+    The parameters and errors are those of `measure_costs`.
+    """
+    inputs = next(make_samples(bundle.stream_graph.inputs)).inputs
+    program = program_of(bundle, place_whole(lane))
+    with open_program(program, record=True, beside_others=True) as session:
+        for _ in range(_WARM_UPS):
+            session.run(inputs)
+        return tuple(_time([session], inputs))
+
+
 def _time_device(
     lanes: Sequence[Lane],
     shared: frozenset[str],
-    open_lane: Callable[[Lane], Session],
+    open_lane: Callable[[Lane], Runner],
     inputs: Tensors,
 ) -> Iterator[SegmentCost]:
     """Yield what segments take on lanes of one device, alone and together."""
@@ -138,13 +140,7 @@ def _all_segments_on(bundle: Bundle, lane: Lane) -> CheckedProgram:
     return program_of(bundle, Placement((lane,), in_order))
 
 
-def _open_pinned(bundle: Bundle, program: CheckedProgram, *, record: bool) -> Session:
-    """Open a session that keeps to its cores, as one lane among others does."""
-    engines = load_engines(bundle, program.program, pin=can_pin(), spin="in_runs")
-    return Session(program, engines, record=record)
-
-
-def _time(sessions: Sequence[Session], inputs: Tensors) -> list[SegmentCost]:
+def _time(sessions: Sequence[Runner], inputs: Tensors) -> list[SegmentCost]:
     """Return what segments take in sessions that run side by side."""
     durations_ns: dict[tuple[str, str, int], list[int]] = defaultdict(list)
     for recording in _run_together(sessions, inputs):
@@ -159,7 +155,7 @@ def _time(sessions: Sequence[Session], inputs: Tensors) -> list[SegmentCost]:
     ]
 
 
-def _run_together(sessions: Sequence[Session], inputs: Tensors) -> list[Recording]:
+def _run_together(sessions: Sequence[Runner], inputs: Tensors) -> list[Recording]:
     """Run sessions side by side, each until all have been through their rounds."""
     unfinished = set(range(len(sessions)))
 

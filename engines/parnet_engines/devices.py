@@ -121,7 +121,7 @@ def divide(devices: Sequence[Device], lanes: int) -> tuple[Lane, ...]:
 
 def _parse_device(name: str, usable: Sequence[int], subject: str) -> Device:
     if _GPU.fullmatch(name):
-        raise InputError(subject, "this version runs on the CPU only", _REMEDY)
+        raise InputError(subject, "names a GPU where CPU cores are wanted", _REMEDY)
     match = _CORES.fullmatch(name)
     if match is None:
         problem = f"{name!r} is no device" if name else "it names no device, or one is missing"

@@ -1,4 +1,4 @@
-"""Layouts known by name: the whole graph on one lane, the paper's devices, CPU cores divided."""
+"""Layouts known by name: the whole graph on one lane, and the paper's streams on devices."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from parnet_engines.cost_table import WHOLE, SegmentCost, device_kind, lane_threads
-from parnet_engines.placement import Assignment, Lane, Placement
+from parnet_engines.cost_table import WHOLE, SegmentCost
+from parnet_engines.placement import Assignment, Placement
 from parnet_export.antichain import heaviest_antichain
 from parnet_export.stream_graph import Cost, Segment, StreamGraph
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
+    from parnet_engines.placement import Lane
     from parnet_engines.scenario import Scenario
 
 
@@ -73,13 +74,18 @@ def place_whole(lane: Lane) -> Placement:
     return Placement((lane,), (Assignment(WHOLE, lane.name),))
 
 
+def streams_of(graph: StreamGraph) -> tuple[str, ...]:
+    """Return the streams of any stream graph: independent segments that hold the most work."""
+    work = {segment.name: max(1, segment.cost.macs) for segment in graph.segments}
+    return tuple(heaviest_antichain(graph, work))
+
+
 def place_authors(graph: StreamGraph, lanes: Sequence[Lane]) -> Placement:
     """Place a network the way ParNet's authors do on three GPUs (section 3.4 of the paper).
 
-    Each device has one stream, and recomputes what leads to it. The first device also
-    has everything else: the fusions and the head. The streams of any stream graph are
-    those independent segments that hold the most work. If there are more streams than
-    devices, they are dealt out in turn; a device without a stream is left out.
+    Each device has one stream (see `streams_of`), and recomputes what leads to it. The
+    first device also has everything else: the fusions and the head. If there are more
+    streams than devices, they are dealt out in turn; a device without a stream is left out.
 
     Parameters
     ----------
@@ -93,9 +99,8 @@ def place_authors(graph: StreamGraph, lanes: Sequence[Lane]) -> Placement:
     places = [lane for lane in lanes if lane is on_device[lane.device]]
     if len(places) == 1:
         places = list(lanes)
-    work = {segment.name: max(1, segment.cost.macs) for segment in graph.segments}
     wanted: dict[str, list[Lane]] = {segment.name: [] for segment in graph.segments}
-    for stream, lane in zip(heaviest_antichain(graph, work), itertools.cycle(places)):
+    for stream, lane in zip(streams_of(graph), itertools.cycle(places)):
         for name in _leading_to(graph, stream):
             if all(lane.device != other.device for other in wanted[name]):
                 wanted[name].append(lane)
@@ -116,40 +121,3 @@ def _leading_to(graph: StreamGraph, name: str) -> set[str]:
         if segment.name in found:
             found.update(graph.predecessors[segment.name])
     return found
-
-
-def divide_cores(
-    cores: Sequence[int], max_lanes: int, widths: Sequence[int], device: str = "cpu"
-) -> Iterator[tuple[Lane, ...]]:
-    """Yield every way to divide CPU cores into at most `max_lanes` lanes, fewest first.
-
-    Only ways that leave no core idle which some lane could use, or one lane more.
-
-    Parameters
-    ----------
-    cores
-        The cores, in the order in which lanes get them.
-    max_lanes
-        The most lanes.
-    widths
-        How many cores a lane may have, such as the thread counts that were measured.
-    device
-        The device of the lanes: they share one memory.
-    """
-    allowed = sorted({width for width in widths if 0 < width <= len(cores)}, reverse=True)
-    for count in range(1, max_lanes + 1):
-        for parts in itertools.combinations_with_replacement(allowed, count):
-            idle = len(cores) - sum(parts)
-            grows = any(part < width <= part + idle for part in parts for width in allowed)
-            if idle < 0 or grows or (count < max_lanes and allowed[-1] <= idle):
-                continue
-            starts = itertools.accumulate(parts, initial=0)
-            yield tuple(
-                Lane(f"lane{number}", device, tuple(cores[start : start + part]))
-                for number, (start, part) in enumerate(zip(starts, parts, strict=False))
-            )
-
-
-def lane_kind(lane: Lane) -> tuple[str, int]:
-    """Return what the costs of a lane depend on: its kind of device and its threads."""
-    return device_kind(lane.device), lane_threads(lane)

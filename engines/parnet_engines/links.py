@@ -41,6 +41,9 @@ class Link:
 FREE_LINK = Link("free", 0.0, math.inf)
 """Copies that take no time: the ideal that real links are compared with."""
 
+MEMORY = Link("memory", 2.0, 10.0)
+"""A copy from one CPU device to another: one core reads and writes main memory."""
+
 LINKS = {
     link.name: link
     for link in (

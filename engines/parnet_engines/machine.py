@@ -9,16 +9,25 @@ from pathlib import Path
 from parnet_engines.devices import usable_cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_RUNTIMES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+}
+"""The distributions that a runtime for the CPU comes in."""
 
 
-def describe_machine() -> str:
+def describe_machine(engine: str = "onnxruntime") -> str:
     """Return processor, number of usable cores, and runtime with its version.
 
     Latencies measured where this line differs are not comparable. Nothing is imported.
+
+    Parameters
+    ----------
+    engine
+        The runtime for the CPU, such as ``"openvino"``.
     """
     parts = [_processor(), f"{len(usable_cores())} cores", platform.machine()]
-    for name in _RUNTIMES:
+    for name in _RUNTIMES[engine]:
         try:
             parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

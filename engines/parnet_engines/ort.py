@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from parnet_engines.cost_table import WHOLE
-from parnet_engines.engine_cores import engine_cores
-from parnet_engines.plan_option import graph_of
-from parnet_engines.program import Run
+from parnet_engines.kept_after_fork import keep_after_fork
 from parnet_export.errors import InputError
 from parnet_export.onnx_runtime import import_onnxruntime, runtime_failures
 
@@ -21,8 +15,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.program import Program
-    from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
 
 Spin = Literal["never", "in_runs", "always"]
@@ -71,7 +63,7 @@ class OrtEngine:
         self._segment = segment
         self._output_names = [spec.name for spec in segment.outputs]
         self._session: Any = _open(path, threads=threads, cores=cores, spin=spin)
-        _sessions.add(self._session)
+        keep_after_fork(self._session)
 
     @property
     def name(self) -> str:
@@ -129,43 +121,6 @@ class OrtEngine:
         return self._session
 
 
-def load_engines(
-    bundle: Bundle, program: Program, *, pin: bool, spin: Spin
-) -> dict[tuple[str, str], OrtEngine]:
-    """Load an engine for each segment and lane that runs it, with the cores it has there.
-
-    Parameters
-    ----------
-    bundle
-        The bundle whose segments, or whole graph, the program runs.
-    program
-        The program.
-    pin
-        Whether the threads of the engines are pinned to their cores; there is one for
-        each core in any case.
-    spin
-        As for `OrtEngine`.
-
-    Raises
-    ------
-    MissingBackendError
-        When ONNX Runtime is not installed.
-    InputError
-        When ONNX Runtime cannot load a file.
-    """
-    graph = graph_of(bundle, (s.segment for s in program.steps if isinstance(s, Run)))
-    return {
-        (segment, lane): OrtEngine(
-            graph[segment],
-            bundle.whole_path if segment == WHOLE else bundle.segment_path(segment),
-            threads=max(1, len(cores)),
-            cores=cores if pin else (),
-            spin=spin,
-        )
-        for (segment, lane), cores in engine_cores(program, graph).items()
-    }
-
-
 def _run_bound(session: Any, binding: Any, _kept_alive: tuple[NDArray[Any], ...]) -> None:
     session.run_with_iobinding(binding)
 
@@ -191,19 +146,3 @@ def _open(path: Path, *, threads: int | None, cores: Sequence[int], spin: Spin) 
             f"cannot be loaded by ONNX Runtime ({error})",
             "Upgrade onnxruntime, or export the network with an older ONNX opset",
         ) from error
-
-
-_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _keep_sessions_of_parent() -> None:
-    """Keep a forked process from destroying ONNX Runtime's sessions.
-
-    Their destructor waits for threads, which a forked process does not have, forever.
-    """
-    for session in _sessions:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_keep_sessions_of_parent)

@@ -6,13 +6,15 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from parnet_engines.cost_table import lane_threads
+from parnet_engines.cost_table import device_kind, lane_threads
 from parnet_engines.evaluate import Objective, Prediction, predict
-from parnet_engines.layouts import lane_kind, place_authors, place_whole, whole_scenario
+from parnet_engines.hand_over import with_fewer_hand_overs
+from parnet_engines.layouts import place_authors, place_whole, streams_of, whole_scenario
 from parnet_engines.placement import Assignment, Placement
 from parnet_engines.plan_exact import search_exactly
-from parnet_engines.plan_search import EFFORT, anneal, list_schedule, score
+from parnet_engines.plan_search import EFFORT, Score, anneal, list_schedule, score
 from parnet_engines.scenario import PS_PER_MS, Instance, Scenario
+from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +32,21 @@ _EXACT_SHARE = 5
 
 MAX_NODES = 100_000
 """Partial placements after which a proof is given up, so that planning takes seconds."""
+
+_MEDIUM_SEGMENTS = 32
+"""Graphs of up to so many segments are worth more effort: there, less is within 5 % of the best.
+
+For throughput they are searched by branch and bound as well.
+"""
+
+_MEDIUM_EFFORT = 3
+"""How many times as much effort that is."""
+
+_BOUNDED_NODES = 20_000
+"""After so many partial placements of such a graph, the best one so far is taken."""
+
+_MOST_SEARCHED = 6
+"""Of many sets of lanes only so many are searched, those that list scheduling does best on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +101,20 @@ class Plan:
         """How far the objective is above its lower bound, as a fraction of the bound."""
         return self.objective_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
 
+    def __str__(self) -> str:
+        lanes = len(self.placement.lanes)
+        interval = f", one every {self.interval_ms:.3f} ms" if self.objective != "latency" else ""
+        return (
+            f"{self.kind} on {lanes} lane{'' if lanes == 1 else 's'}: predicted "
+            f"{self.latency_ms:.3f} ms{interval}; no plan there takes less than "
+            f"{self.lower_bound_ms:.3f} ms{', and none is better' if self.is_optimal else ''}"
+        )
+
+
+def default_in_flight(objective: Objective, lanes: Sequence[Lane]) -> int:
+    """Return how many inferences overlap by default: for throughput, one for each lane."""
+    return 1 if objective == "latency" else len(lanes)
+
 
 def plan_whole(scenario: Scenario, lane: Lane, objective: Objective = "latency") -> Plan:
     """Plan to run the whole network as one segment.
@@ -115,8 +146,18 @@ def plan_authors(
     Raises
     ------
     InputError
-        When the cost table lacks a segment on a lane.
+        When there are not as many devices as streams, or the cost table lacks a segment
+        on a lane.
     """
+    streams = len(streams_of(scenario.graph))
+    devices = len({lane.device for lane in lanes})
+    if streams != devices:
+        raise InputError(
+            "plan 'authors'",
+            f"runs each of the network's {streams} streams on a device of its own, "
+            f"and there {'is' if devices == 1 else 'are'} {devices}",
+            "Name as many devices, such as 'cpu:0,cpu:1,cpu:2', or use plan 'streams'",
+        )
     return evaluate_placement("authors", scenario, place_authors(scenario.graph, lanes), objective)
 
 
@@ -196,20 +237,23 @@ def plan_streams(
     for layout in layouts:
         steps, is_optimal = _search(scenario, layout, objective, EFFORT // len(layouts))
         placement = _placement(layout, steps)
+        if objective == "latency":
+            placement = with_fewer_hand_overs(scenario, placement)
         bound_ms = _bound_ps(layout, objective) / PS_PER_MS
         prediction = predict(scenario, placement)
         found.append(Plan("streams", placement, prediction, objective, bound_ms, is_optimal))
     best = min(found, key=lambda plan: (plan.objective_ms, len(plan.placement.lanes)))
+    bound_ms = min(plan.lower_bound_ms for plan in found)
     return replace(
         best,
-        lower_bound_ms=min(plan.lower_bound_ms for plan in found),
-        is_optimal=all(plan.is_optimal for plan in found),
+        lower_bound_ms=bound_ms,
+        is_optimal=best.objective_ms <= bound_ms or all(plan.is_optimal for plan in found),
     )
 
 
 def plan_candidates(
     scenario: Scenario,
-    layouts: Iterable[Sequence[Lane]],
+    lane_sets: Iterable[Sequence[Lane]],
     objective: Objective = "latency",
     most: int = 3,
 ) -> tuple[Plan, ...]:
@@ -222,8 +266,8 @@ def plan_candidates(
     ----------
     scenario
         The stream graph, its costs and the link between devices.
-    layouts
-        Sets of lanes to choose from, such as those of `parnet_engines.layouts.divide_cores`
+    lane_sets
+        Sets of lanes to choose from, such as those of `parnet_engines.lane_sets.lane_sets`
         or one lane for each device. The whole network may run on any one of their lanes.
     objective
         What is to be small.
@@ -235,19 +279,62 @@ def plan_candidates(
     InputError
         When the cost table lacks a segment on a lane.
     """
-    offered = [tuple(lanes) for lanes in layouts]
-    alone = {lane_kind(lane): lane for lanes in reversed(offered) for lane in reversed(lanes)}
+    offered = [tuple(lanes) for lanes in lane_sets]
+    alone = {
+        (device_kind(lane.device), lane_threads(lane)): lane
+        for lanes in reversed(offered)
+        for lane in reversed(lanes)
+    }
     wholes = [plan_whole(scenario, lane, objective) for lane in alone.values()]
     whole = min(wholes, key=lambda plan: plan.objective_ms)
+    others = rank_streams(scenario, offered, objective, most - 1) if most > 1 else ()
+    return tuple(sorted([whole, *others], key=lambda plan: plan.objective_ms))
+
+
+def rank_streams(
+    scenario: Scenario,
+    lane_sets: Iterable[Sequence[Lane]],
+    objective: Objective = "latency",
+    most: int = 1,
+) -> tuple[Plan, ...]:
+    """Return the best different plans of segments on any of several sets of lanes.
+
+    Parameters
+    ----------
+    scenario, lane_sets, objective, most
+        As for `plan_candidates`.
+
+    Raises
+    ------
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
     found: dict[Placement, Plan] = {}
-    for lanes in offered:
+    for lanes in shortlist(scenario, lane_sets, objective, max(most, _MOST_SEARCHED)):
         ranked = sorted(plan.objective_ms for plan in found.values())
         if len(ranked) >= most and lower_bound_ms(scenario, lanes, objective) >= ranked[most - 1]:
             continue
         plan = plan_streams(scenario, lanes, objective)
         found.setdefault(plan.placement, plan)
-    others = sorted(found.values(), key=lambda plan: plan.objective_ms)[: most - 1]
-    return tuple(sorted([whole, *others], key=lambda plan: plan.objective_ms))
+    return tuple(sorted(found.values(), key=lambda plan: plan.objective_ms)[:most])
+
+
+def shortlist(
+    scenario: Scenario, lane_sets: Iterable[Sequence[Lane]], objective: Objective, most: int
+) -> list[Sequence[Lane]]:
+    """Return the sets of lanes that list scheduling does best on, best first.
+
+    Raises
+    ------
+    InputError
+        When the cost table lacks a segment on a lane.
+    """
+
+    def reached(lanes: Sequence[Lane]) -> Score:
+        instance = Instance.of(scenario, lanes)
+        return score(instance, list_schedule(instance), objective)
+
+    return sorted(lane_sets, key=reached)[:most]
 
 
 def _layouts(scenario: Scenario, lanes: Sequence[Lane]) -> list[Instance]:
@@ -278,10 +365,15 @@ def _search(
     authors = instance.steps(place_authors(scenario.graph, instance.lanes))
     starts = (alone, authors, list_schedule(instance))
     start = min(starts, key=lambda steps: score(instance, steps, objective))
-    if len(alone) > EXACT_SEGMENTS:
-        return anneal(instance, objective, start, effort), False
-    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE)
-    found = search_exactly(instance, objective, incumbent, MAX_NODES)
+    is_small = len(alone) <= EXACT_SEGMENTS
+    is_medium = not is_small and len(alone) <= _MEDIUM_SEGMENTS
+    if is_medium:
+        effort *= _MEDIUM_EFFORT
+    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE if is_small else effort)
+    if not is_small and (objective == "latency" or not is_medium):
+        return incumbent, False
+    most = MAX_NODES if is_small else _BOUNDED_NODES
+    found = search_exactly(instance, objective, incumbent, most)
     if objective == "latency":
         return found.steps, found.is_optimal
     # Of the placements with this interval, one of low latency is wanted.

@@ -1,28 +1,38 @@
-"""Plans on disk: a placement as JSON, with what was predicted when it was made."""
+"""Plans on disk: a placement as JSON, with what was predicted when it was made.
+
+Where a plan's file is expected, that of a program does as well: it says besides which
+copies and waits there are.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from parnet_engines.check import CheckedProgram, checked
 from parnet_engines.cost_table import WHOLE
-from parnet_engines.layouts import whole_scenario
+from parnet_engines.evaluate import check_placement
+from parnet_engines.layouts import whole_graph
+from parnet_engines.lowering import lower
 
 # msgspec resolves the annotation of `_Placed` while the program runs.
 from parnet_engines.placement import Placement  # noqa: TC001
-from parnet_engines.plan import Plan, evaluate_placement
+from parnet_engines.program import Run, decode
 from parnet_export import files
-from parnet_export.errors import InputError
+from parnet_export.errors import CheckFailedError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-    from parnet_engines.evaluate import Objective, Prediction
-    from parnet_engines.scenario import Scenario
+    from parnet_engines.plan import Plan
+    from parnet_export.stream_graph import Cost, StreamGraph
 
 SCHEMA_VERSION = 1
+
+_REPLAN = "Make the plan again for this network and machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,14 @@ class _Placed:
     schema_version: int = SCHEMA_VERSION
 
 
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What tells the file of a plan from that of a program."""
+
+    placement: object = None
+    schema_version: object = SCHEMA_VERSION
+
+
 def save_plan(path: Path, plan: Plan) -> None:
     """Write a plan as JSON, whole or not at all.
 
@@ -41,7 +59,6 @@ def save_plan(path: Path, plan: Plan) -> None:
     InputError
         When the place cannot be written to.
     """
-    prediction: Prediction = plan.prediction
     content = {
         "schema_version": SCHEMA_VERSION,
         "kind": plan.kind,
@@ -51,55 +68,88 @@ def save_plan(path: Path, plan: Plan) -> None:
         "lower_bound_ms": plan.lower_bound_ms,
         "is_optimal": plan.is_optimal,
         "placement": plan.placement,
-        "timeline": prediction.spans,
-        "critical_path": [span.name for span in prediction.critical_path],
+        "timeline": plan.prediction.spans,
+        "critical_path": [span.name for span in plan.prediction.critical_path],
     }
     files.write_bytes(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
-def load_plan(path: Path, scenario: Scenario, objective: Objective = "latency") -> Plan:
-    """Read a placement and predict what it takes.
+def read_plan(
+    path: Path,
+    graph: StreamGraph,
+    *,
+    whole: Cost | None = None,
+    inferences_in_flight: int | None = None,
+) -> CheckedProgram:
+    """Read a plan or a program from a JSON file, and prove it.
 
-    Only the placement counts: times in the file are those of when it was written.
+    Of a plan only the placement counts: times in the file are those of when it was written.
 
     Parameters
     ----------
     path
-        A JSON file, such as `save_plan` writes. An object with ``placement`` is enough,
-        which has ``lanes`` (``name``, ``device``, ``cores``) and ``assignments``
-        (``segment``, ``lane``) in issue order.
-    scenario
-        The stream graph that is placed, its costs and link.
-    objective
-        What the plan is compared by.
+        A file such as `save_plan` or `parnet_engines.program.encode` writes. Of a plan an
+        object with ``placement`` is enough, which has ``lanes`` (``name``, ``device``,
+        ``cores``) and ``assignments`` (``segment``, ``lane``) in issue order.
+    graph
+        The network's stream graph. The file may also run the whole network as one.
+    whole
+        Cost of the whole network; by default the sum over the segments.
+    inferences_in_flight
+        How many inferences overlap; by default what a program says, and 1 for a plan.
 
     Raises
     ------
     InputError
-        When the file cannot be read, is no plan, or is not one of this stream graph, or
-        when the cost table lacks a segment on one of its lanes.
+        When the file cannot be read or holds no plan, or its placement is not one of this
+        network.
+    CheckFailedError
+        When a program has faults, or is not one of this network.
     """
-    again = "Make the plan again for this network, or choose auto, whole, streams or authors"
     try:
         content = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(path, f"cannot be read ({reason})", again) from error
+        remedy = "Give the path of a plan, or one of auto, whole, streams and authors"
+        raise InputError(path, f"cannot be read ({reason})", remedy) from error
+    placement = _decode_placement(content, path)
+    if placement is None:
+        program = decode(content, path)
+        ran = (step.segment for step in program.steps if isinstance(step, Run))
+        of_graph = _graph_of(ran, graph, whole)
+        if inferences_in_flight is not None:
+            program = replace(program, inferences_in_flight=inferences_in_flight)
+    else:
+        of_graph = _graph_of((a.segment for a in placement.assignments), graph, whole)
+        try:
+            check_placement(of_graph, placement)
+        except ValueError as error:
+            raise InputError(path, f"does not fit the network: {error}", _REPLAN) from error
+        program = lower(of_graph, placement, inferences_in_flight or 1)
     try:
-        placed = msgspec.json.decode(content, type=_Placed)
+        return checked(program, of_graph)
+    except CheckFailedError as error:
+        raise CheckFailedError(f"{path}: {error} {_REPLAN}.") from error
+
+
+def _decode_placement(content: bytes, path: Path) -> Placement | None:
+    """Return the placement in the file of a plan, and None if it is no such file."""
+    try:
+        header = msgspec.json.decode(content, type=_Header)
+    except msgspec.DecodeError:
+        return None
+    if header.placement is None:
+        return None
+    version = header.schema_version
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        problem = f"has schema version {version}; this version reads up to {SCHEMA_VERSION}"
+        raise InputError(path, problem, "Upgrade parnet-export")
+    try:
+        return msgspec.json.decode(content, type=_Placed).placement
     except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(path, f"is no plan ({error})", again) from error
-    if placed.schema_version > SCHEMA_VERSION:
-        raise InputError(
-            path,
-            f"has schema version {placed.schema_version}; this version reads up to "
-            f"{SCHEMA_VERSION}",
-            "Upgrade parnet-export",
-        )
-    names = {segment.name for segment in scenario.graph.segments}
-    if WHOLE not in names and {a.segment for a in placed.placement.assignments} == {WHOLE}:
-        scenario = whole_scenario(scenario)
-    try:
-        return evaluate_placement("file", scenario, placed.placement, objective)
-    except ValueError as error:
-        raise InputError(path, f"does not fit the network: {error}", again) from error
+        raise InputError(path, f"is no plan ({error})", _REPLAN) from error
+
+
+def _graph_of(segments: Iterable[str], graph: StreamGraph, whole: Cost | None) -> StreamGraph:
+    """Return the stream graph that segments belong to."""
+    return whole_graph(graph, whole) if set(segments) == {WHOLE} else graph

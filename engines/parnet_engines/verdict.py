@@ -46,11 +46,30 @@ class Verdict:
     kind
         The verdict.
     sentence
-        What was found, with figures, as one or two sentences for people.
+        What was found, with figures, as one sentence for people.
     """
 
     kind: VerdictKind
     sentence: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as one sentence; empty where lanes overlap."""
+        return _REMEDIES[self.kind]
+
+
+_REMEDIES = {
+    VerdictKind.OVERLAP: "",
+    VerdictKind.ONE_LANE: "Use several lanes, or let plan auto measure whether they pay.",
+    VerdictKind.CHAIN: "Run the whole graph as one engine, with all cores or the whole device.",
+    VerdictKind.DOMINANT: "Give its lane more cores, or divide the network's work more evenly.",
+    VerdictKind.COPIES: "Use a faster link or fewer devices, or recompute what is cheap.",
+    VerdictKind.SHARED_CORES: "Give every lane cores of its own.",
+    VerdictKind.FULL_DEVICE: "Use more devices or fewer lanes, or run the whole graph as one.",
+    VerdictKind.HAND_OVER: (
+        "Use fewer lanes, or the whole graph as one engine; and leave the lanes' cores to them."
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +126,7 @@ def judge(evidence: Evidence) -> Verdict:
     shared = _shared_cores(evidence.lanes)
     if shared and evidence.slowdown is None:
         sentence = (
-            f"{' and '.join(shared)} are pinned to the same cores and only take turns on "
-            "them. Give every lane cores of its own."
+            f"{' and '.join(shared)} are pinned to the same cores and only take turns on them."
         )
         return Verdict(VerdictKind.SHARED_CORES, sentence)
     if evidence.overlap >= LEAST_OVERLAP and evidence.parallel_gain >= LEAST_GAIN:
@@ -154,7 +172,7 @@ def _slowed(evidence: Evidence, shared: Sequence[str]) -> Verdict:
     slowdown = format_ratio(evidence.slowdown or 1.0)
     slower = f"Segments take {slowdown} as long in company as alone"
     if shared:
-        sentence = f"{slower}: {' and '.join(shared)} share cores. Give every lane its own."
+        sentence = f"{slower}: {' and '.join(shared)} share cores."
         return Verdict(VerdictKind.SHARED_CORES, sentence)
     devices = sorted({lane.device for lane in evidence.lanes})
     full = " and ".join(devices) + (" is" if len(devices) == 1 else " are")

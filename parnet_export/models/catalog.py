@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from parnet_export.models import (
+    parnet_detector_family,
     parnet_ensemble,
     parnet_family,
     resnet_family,
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
         resnet_family.FAMILY,
         seqconv_family.FAMILY,
         yolov4_csp_family.FAMILY,
+        parnet_detector_family.FAMILY,
     )
 }
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from parnet_export.detection_form import AnchorLevel
     from parnet_export.network import Level
 
 Origin = Literal["official", "reconstruction"]
@@ -100,6 +101,8 @@ class Family:
         The family's networks in the catalogue.
     output_names
         Names of the tensors that a module of the family returns, in order.
+    anchor_levels
+        Strides and anchors of a detector's outputs; none for other networks.
     untold
         Fields of the configuration that tensors do not tell: `restore` assumes them, and
         a catalogue name that a checkpoint is said to be decides.
@@ -118,4 +121,5 @@ class Family:
     describe: Callable[[Any], str]
     entries: tuple[Entry, ...]
     output_names: tuple[str, ...] = ("logits",)
+    anchor_levels: tuple[AnchorLevel, ...] = ()
     untold: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ No BatchNorm, Transpose or Reshape is left. Beyond the authors' rule:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +241,30 @@ def fuse_full(network: ParNet) -> ParNetFull:
 
     The arithmetic is float64; the result has the network's dtype.
     """
+    state, affine = full_state(network)
+    state |= {f"fc.{key}": value for key, value in network.head.fc.state_dict().items()}
+    fused = ParNetFull(network.config, affine)
+    fused.to(dtype=network.head.fc.weight.dtype).load_state_dict(state)
+    return fused.train(network.training).requires_grad_(requires_grad=False)
+
+
+class Body(Protocol):
+    """What a ParNet has before its classifier."""
+
+    config: ParNetConfig
+    inits: nn.ModuleList
+    streams: nn.ModuleList
+    downsamples_2: nn.ModuleList
+    combine: nn.Sequential
+
+
+@torch.no_grad()
+def full_state(network: Body) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return the state of level ``full`` without a classifier's, float64.
+
+    With it come the names of the contributions that keep their affine step. The last fusion's
+    output is left unshuffled: other readers than the last block have to take the permutation.
+    """
     config = network.config
     state: dict[str, Tensor] = {}
     affine: set[str] = set()
@@ -265,11 +289,7 @@ def fuse_full(network: ParNet) -> ParNetFull:
         for key in last.keys() & {"conv.weight", "gate.weight"}:
             last[key] = last[key][:, unshuffle]
     state |= _prefixed("last", last)
-    state |= {f"fc.{key}": value for key, value in network.head.fc.state_dict().items()}
-
-    fused = ParNetFull(config, frozenset(affine))
-    fused.to(dtype=network.head.fc.weight.dtype).load_state_dict(state)
-    return fused.train(network.training).requires_grad_(requires_grad=False)
+    return state, frozenset(affine)
 
 
 def _unbox(module: nn.Module) -> nn.Module:

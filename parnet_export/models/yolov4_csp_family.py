@@ -15,6 +15,7 @@ from parnet_export.models.yolov4_csp import (
 )
 from parnet_export.models.yolov4_csp_layers import (
     LAYOUT_ACTIVATIONS,
+    LEVELS,
     OUTPUT_NAMES,
     Activation,
     YOLOv4CSPConfig,
@@ -106,4 +107,5 @@ FAMILY = Family(
         ),
     ),
     output_names=OUTPUT_NAMES,
+    anchor_levels=LEVELS,
 )

@@ -11,8 +11,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from parnet_bench.environment import Environment
-from parnet_bench.measure import Procedure
-from parnet_bench.result import Recording, Result, Row, RowDescription
+from parnet_bench.measure import measure
+from parnet_bench.procedure import Procedure
+from parnet_bench.result import ProcessRecording, Recording, Result, Row, RowDescription
+from parnet_bench.turn import Turn
+from parnet_engines.clock import FakeClock
 from parnet_export.bundle import Provenance
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.family import Entry
@@ -103,12 +106,68 @@ def tiny_catalogue(tmp_path_factory):
         yield Path(os.environ["PARNET_EXPORT_CACHE"])
 
 
+class SimulatedRow:
+    """A worker whose latencies are drawn, on a clock that only rows move."""
+
+    load_ms = 1000.0
+
+    def __init__(self, clock, draw):
+        self.clock = clock
+        self.draw = draw
+        self.requests = []
+
+    def take_turn(self, request):
+        self.requests.append(request)
+        count = request.lead_in + request.runs
+        latencies_ns = np.maximum(1, self.draw(count, self.clock.now_ns())).astype(np.int64)
+        self.clock.sleep_until(self.clock.now_ns() + int(latencies_ns.sum()))
+        recorded = tuple(latencies_ns[request.lead_in :].tolist())
+        return Turn(recorded, sum(recorded))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="session")
+def simulated_row():
+    """The class of rows whose latencies are drawn: ``(clock, draw)``."""
+    return SimulatedRow
+
+
+@pytest.fixture(scope="session")
+def simulate():
+    """Measure simulated rows, ``{name: draw(generator, count) in ns}``, by the shipped rules.
+
+    Each process of a row has a level of its own, of relative standard deviation
+    `process_noise`, and the machine a speed that `drift` tells for a moment in ns.
+    """
+
+    def simulate(draws, seed, *, process_noise=0.0, drift=lambda _: 1.0, **options):
+        generator = np.random.default_rng(seed)
+        clock = FakeClock()
+
+        def launch(name, _):
+            clock.advance_ms(1000)
+            level = np.exp(process_noise * generator.standard_normal())
+            return SimulatedRow(
+                clock, lambda count, now: draws[name](generator, count) * level * drift(now)
+            )
+
+        procedure = Procedure(seed=seed, **options)
+        return measure(dict.fromkeys(draws, 1), launch, procedure, clock)
+
+    return simulate
+
+
 @pytest.fixture(scope="session")
 def make_result():
-    """Make a result of rows given as ``{name: rounds in nanoseconds}``."""
+    """Make a result of rows given as ``{name: rounds in nanoseconds}``.
+
+    `processes` of them, of equally many rounds, recorded them.
+    """
 
     def make(rounds_by_row, *, forms=("unfused", "whole", "streams"), stopped="rounds", **options):
-        rows = []
+        rows, processes = [], options.get("processes", 1)
         for name, form in zip(rounds_by_row, forms, strict=False):
             provenance = Provenance(
                 network="net",
@@ -133,7 +192,17 @@ def make_result():
                 cores=(0, 1),
             )
             rounds = tuple(map(tuple, rounds_by_row[name]))
-            recording = Recording(options.get("settled", True), (900, 500), rounds)
+            share = len(rounds) // processes
+            recording = Recording(
+                tuple(
+                    ProcessRecording(
+                        options.get("settled", True),
+                        (900, 500),
+                        rounds[index * share : (index + 1) * share],
+                    )
+                    for index in range(processes)
+                )
+            )
             rows.append(Row(description, recording))
         count = len(rows[0].recording.rounds_ns)
         return Result(
@@ -152,9 +221,9 @@ def make_result():
                 python="CPython 3.11.7",
                 libraries={"numpy": "2.0", "onnxruntime": "1.22.0"},
             ),
-            procedure=Procedure(rounds=count),
+            procedure=Procedure(rounds=count // processes, processes=processes),
             stopped=stopped,
-            orders=tuple(tuple(range(len(rows))) for _ in range(count)),
+            orders=(tuple(tuple(range(len(rows))) for _ in range(count // processes)),) * processes,
             rows=tuple(rows),
             notes=options.get("notes", ()),
         )

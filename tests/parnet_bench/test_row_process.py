@@ -13,9 +13,9 @@ import onnxruntime
 import psutil
 import pytest
 
+from parnet_bench.job import Job
 from parnet_bench.measure import Procedure, measure, timed
 from parnet_bench.row_process import RowFailedError, RowProcess
-from parnet_bench.worker import Job
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_suspended_row_ends_with_the_process_that_started_it(job):
     code = textwrap.dedent(f"""
         import time
         from parnet_bench.row_process import RowProcess
-        from parnet_bench.worker import Job
+        from parnet_bench.job import Job
         row = RowProcess("row", {job!r})
         print(row._process.pid, flush=True)
         time.sleep(60)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from parnet_bench.graphs import catalogue_name
 from parnet_bench.rows import Request, plan_rows
 from parnet_export.census import take_census
+from parnet_export.detection_form import AnchorLevel, DetectionOutput
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse_network
 from parnet_export.pipeline import make_bundle, read_graph
@@ -233,3 +235,11 @@ def test_a_damaged_bundle_is_refused(plan, forked_onnx, tmp_path):
     bundle.whole_path.write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
         plan(tmp_path / "damaged")
+
+
+def test_raw_heads_of_a_checkpoint_are_not_compared_with_boxes(plan, forked_onnx, tmp_path):
+    model, provenance = read_graph(forked_onnx)
+    output = DetectionOutput("decoded", (AnchorLevel(8, ((8, 8),)),), 3)
+    bundle, _ = make_bundle(model, replace(provenance, detections=output), tmp_path / "boxes")
+    with pytest.raises(InputError, match="--detections raw"):
+        plan(bundle.path, ckpt="yolov4-csp")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,13 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from parnet_engines import auto_plan, cost_measure, engine_cores
-from parnet_engines.auto_plan import DECISIONS_NAME, Decision, Trial, decide
+from parnet_engines.auto_plan import decide
 from parnet_engines.bundle_costs import load_bundle_costs
 from parnet_engines.clock import FakeClock
 from parnet_engines.cost_table import WHOLE
+from parnet_engines.decision import DECISIONS_NAME, Decision, Trial
 from parnet_engines.devices import Device, parse_devices
+from parnet_engines.layouts import place_whole
 from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.plan_option import choose_program, place_whole
+from parnet_engines.plan_option import choose
 from parnet_engines.program import Run
 from parnet_engines.recording import Recording, span_of
 from parnet_engines.session import Session
@@ -75,17 +78,19 @@ class FakeMachine:
     whole_ms
         By number of threads.
     lanes_ms
-        By number of lanes.
+        By number of lanes, or by their numbers of threads.
     """
 
-    def __init__(self, whole_ms: dict[int, float], lanes_ms: dict[int, float]) -> None:
+    def __init__(self, whole_ms: dict[int, float], lanes_ms: dict[Any, float]) -> None:
         self.clock = FakeClock()
         self.whole_ms = whole_ms
         self.lanes_ms = lanes_ms
         self.opened: list[tuple[str, int]] = []
         self.under_way = 0
 
-    def __call__(self, program: CheckedProgram, *, record: bool) -> Any:
+    def __call__(
+        self, program: CheckedProgram, *, record: bool = False, beside_others: bool = False
+    ) -> Any:
         lanes = program.program.lanes
         runs = [step for step in program.program.steps if isinstance(step, Run)]
         if runs[0].segment == WHOLE:
@@ -93,7 +98,10 @@ class FakeMachine:
             latency_ms = self.whole_ms[len(lanes[0].cores)]
         else:
             self.opened.append(("costs" if record else "streams", len(lanes)))
-            latency_ms = 1.0 if record else self.lanes_ms[len(lanes)]
+            widths = tuple(len(lane.cores) for lane in lanes)
+            known = widths if widths in self.lanes_ms else len(lanes)
+            latency_ms = 1.0 if record else self.lanes_ms[known]
+            assert beside_others is record
         machine = self
 
         class FakeSession:
@@ -134,7 +142,7 @@ def test_the_segments_are_taken_if_that_pays_and_the_numbers_are_kept(bundle):
     assert machine.under_way == 0
     assert decision.chosen.name == "streams, 2+1 threads"
     assert [lane.cores for lane in decision.chosen.placement.lanes] == [(0, 1), (2,)]
-    assert {t.name: t.latency_ms for t in decision.trials} == {
+    assert {t.name: t.median_ms for t in decision.trials} == {
         "whole graph, 1 thread": 12.0,
         "whole graph, 2 threads": 9.0,
         "whole graph, 3 threads": 8.0,
@@ -156,7 +164,7 @@ def test_the_segments_are_taken_if_that_pays_and_the_numbers_are_kept(bundle):
 def test_the_whole_graph_stays_if_the_segments_do_not_pay(bundle, lanes_ms, has_final):
     decision = FakeMachine(WHOLE_MS, {2: lanes_ms}).decide(bundle)
     assert decision.chosen.name == "whole graph, 3 threads"
-    assert decision.chosen.placement == place_whole(CPU[0])
+    assert decision.chosen.placement == place_whole(Lane("lane0", "cpu", (0, 1, 2)))
     assert bool(decision.final) is has_final
     assert (decision.ratio is None) is not has_final
 
@@ -169,7 +177,7 @@ def test_the_best_number_of_threads_need_not_be_the_highest(bundle):
 
 def trial(name: str, latencies_ms: list[float], segment: str = WHOLE) -> Trial:
     placement = Placement((Lane("lane0", "cpu", (0,)),), (Assignment(segment, "lane0"),))
-    return Trial(name, placement, tuple(latencies_ms))
+    return Trial(name, placement, rounds_ms=tuple(latencies_ms))
 
 
 @pytest.mark.parametrize(
@@ -196,13 +204,13 @@ def test_a_decision_is_made_once_for_the_same_question(bundle):
     opened = len(machine.opened)
     assert machine.decide(open_bundle(bundle.path)) == first
     assert len(machine.opened) == opened
-    assert machine.decide(bundle, lanes=3).chosen.name == "streams, 1+1+1 threads"
+    assert machine.decide(bundle, lanes=3).chosen.name == "streams, 2+1 threads"
     assert len(machine.opened) > opened
     machine.lanes_ms = {2: 20.0, 3: 20.0}
     assert machine.decide(bundle) == first
     assert machine.decide(bundle, again=True).chosen.is_whole
     assert machine.decide(bundle).chosen.is_whole
-    assert machine.decide(bundle, lanes=3).chosen.name == "streams, 1+1+1 threads"
+    assert machine.decide(bundle, lanes=3).chosen.name == "streams, 2+1 threads"
     stored = json.loads((bundle.path / DECISIONS_NAME).read_bytes())
     assert len(stored["decisions"]) == 2
 
@@ -261,6 +269,51 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(bundle, monkeypatch):
     ]
 
 
+def test_uneven_divisions_of_the_cores_are_measured_too(bundle):
+    machine = FakeMachine({1: 12.0, 2: 9.0, 4: 8.0}, {(2, 2): 7.0, (3, 1): 6.0})
+    decision = machine.decide(bundle, (Device("cpu", (0, 1, 2, 3)),))
+    assert {t.name: t.median_ms for t in decision.trials if not t.is_whole} == {
+        "streams, 2+2 threads": 7.0,
+        "streams, 3+1 threads": 6.0,
+    }
+    assert decision.chosen.name == "streams, 3+1 threads"
+
+
+def test_what_was_predicted_is_shown_beside_what_was_measured(bundle):
+    decision = FakeMachine(WHOLE_MS, {2: 6.4}).decide(bundle)
+    (streams,) = (trial for trial in decision.trials if not trial.is_whole)
+    # Every segment takes 1 ms: stem, one of the branches, and the sum.
+    assert (streams.predicted_ms, streams.lower_bound_ms) == (3.0, 3.0)
+    (line,) = (line for line in str(decision).splitlines() if "6.400" in line)
+    assert line.endswith("6.400 ms  (predicted 3.000, not below 3.000)")
+
+
+def test_throughput_is_the_time_from_one_inference_to_the_next(bundle):
+    machine = FakeMachine(WHOLE_MS, {2: 6.4})
+    decision = machine.decide(bundle, objective="throughput")
+    flights = {t.name: t.inferences_in_flight for t in decision.trials}
+    assert flights["whole graph, 3 threads"] == 1
+    assert flights["streams, 2+1 threads"] == 2
+    # On the fake clock inferences follow one another, whoever asks for them.
+    assert decision.chosen.name == "streams, 2+1 threads"
+    assert decision.chosen.median_ms == pytest.approx(6.4)
+    assert "from one inference to the next" in str(decision)
+    latency = machine.decide(bundle)
+    assert latency.objective == "latency"
+    more = machine.decide(bundle, objective="throughput", in_flight=4)
+    assert {t.inferences_in_flight for t in more.trials} == {4}
+    stored = json.loads((bundle.path / DECISIONS_NAME).read_bytes())
+    assert len(stored["decisions"]) == 3
+
+
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_lanes_that_cannot_be_are_refused_before_anything_is_measured(bundle, lanes):
+    machine = FakeMachine(WHOLE_MS, {})
+    with pytest.raises(InputError, match=f"lanes {lanes}: "):
+        machine.decide(bundle, lanes=lanes)
+    assert machine.opened == []
+
+
 def test_one_core_has_only_the_whole_graph_to_offer(bundle):
     machine = FakeMachine({1: 5.0}, {})
     decision = machine.decide(bundle, (Device("cpu:1", (1,)),))
@@ -291,8 +344,12 @@ def test_auto_runs_with_real_engines_and_opens_quickly_the_next_time(bundle, mon
             found = session.run({"image": image})["sum"]
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     assert quick.calls in {1, 2}
-    decision = decide(bundle, parse_devices("cpu"))
-    assert session.program == choose_program(bundle, "cpu", "auto")
+    load = partial(Session.load, bundle)
+    decision = decide(bundle, parse_devices("cpu"), open_program=load)
+    choice = choose(bundle, "cpu", "auto", open_program=load)
+    assert session.program == choice.program
+    assert choice.decision == decision
+    assert str(choice) == str(decision)
     assert decision.chosen.placement.lanes == session.program.program.lanes
 
 

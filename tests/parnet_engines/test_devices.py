@@ -32,7 +32,7 @@ def test_devices_are_read(eight_cores, text, expected):
     assert parse_devices(text) == tuple(Device(name, tuple(cores)) for name, cores in expected)
 
 
-GPU = "this version runs on the CPU only. Use 'cpu', or cores such as 'cpu:0,cpu:1' or "
+GPU = "names a GPU where CPU cores are wanted. Use 'cpu', or cores such as 'cpu:0,cpu:1' or "
 
 
 @pytest.mark.parametrize(

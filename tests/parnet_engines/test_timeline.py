@@ -21,7 +21,7 @@ from parnet_engines.recording import Recording, Span, span_of
 from parnet_engines.simulate import simulate
 from parnet_engines.timeline import Gap, WallTime, analyse
 from parnet_engines.trace_file import encode_trace
-from parnet_engines.verdict import VerdictKind
+from parnet_engines.verdict import Verdict, VerdictKind
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 NO_COST = Cost(0, 0, 0, 0, 0, 0)
@@ -266,6 +266,12 @@ def test_handing_over_may_dominate():
     found = analyse(program, Recording(program.lanes, tuple(spans))).verdict
     assert found.kind is VerdictKind.HAND_OVER
     assert "no lane works" in found.sentence
+
+
+def test_only_lanes_that_overlap_need_no_remedy():
+    remedies = {kind: Verdict(kind, "").remedy for kind in VerdictKind}
+    assert [kind for kind, remedy in remedies.items() if not remedy] == [VerdictKind.OVERLAP]
+    assert all(remedy.endswith(".") for remedy in remedies.values() if remedy)
 
 
 def test_a_recording_without_runs_is_refused():

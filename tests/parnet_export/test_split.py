@@ -308,3 +308,38 @@ def test_what_lies_between_two_readers_of_a_sequence_stays_with_them():
     assert list(split.segments) == ["trunk"]
     feeds = {"x": np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)}
     np.testing.assert_array_equal(run_segments(split, feeds)["y"], feeds["x"][:1])
+
+
+def test_what_depends_on_data_in_size_does_not_cross():
+    """The rows of ``places`` are as many as the image has positive values."""
+    body = """(float[1, 1, 8, 8] image) => (float[32] left, float[32] right) {
+        positive = Relu(image)
+        found = NonZero(positive)
+        rows = Transpose(found)
+        places = Cast <to = 1> (rows)
+        left0 = MatMul(places, first)
+        left1 = MatMul(left0, square)
+        left2 = ReduceMax <keepdims = 0> (left1, axis)
+        left = MatMul(left2, square)
+        right0 = MatMul(places, second)
+        right1 = MatMul(right0, square)
+        right2 = ReduceMax <keepdims = 0> (right1, axis)
+        right = MatMul(right2, square)
+    }"""
+    rng = np.random.default_rng(0)
+    weights = {
+        "first": rng.standard_normal((4, 32)).astype(np.float32),
+        "second": rng.standard_normal((4, 32)).astype(np.float32),
+        "square": rng.standard_normal((32, 32)).astype(np.float32),
+        "axis": np.array([0]),
+    }
+    split = split_model(parse(body, **weights), KEEP_ALL)
+    segments = split.stream_graph.segments
+    assert len(segments) > 1  # what follows the maxima may still run in parallel
+    for segment in segments:
+        for spec in (*segment.inputs, *segment.outputs):
+            assert all(isinstance(size, int) for size in spec.shape), spec
+    image = rng.standard_normal((1, 1, 8, 8)).astype(np.float32)
+    expected = run(split.whole, {"image": image})
+    found = run_segments(split, {"image": image})
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())

@@ -1,0 +1,303 @@
+"""``parnet-bench latency``: measure networks against each other."""
+
+# An option is a parameter.
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from parnet_export import console, files
+from parnet_export.errors import InputError
+
+if TYPE_CHECKING:
+    from parnet_bench.procedure import Procedure
+    from parnet_bench.result import Result
+    from parnet_bench.rows import Request
+
+FAILED_EXIT_CODE = 1
+"""When some rows could not be measured."""
+
+
+def latency(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Bundles, ONNX files or catalogue names (random weights); by default ParNet-L "
+            "beside ResNet-34 and ResNet-50.",
+            metavar="TARGET",
+            show_default=False,
+        ),
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            help="Where to run: cpu, or cores such as cpu:0,cpu:1. Streams run on the first one "
+            "and on all of them."
+        ),
+    ] = "cpu",
+    task: Annotated[
+        Literal["classification", "detection"],
+        typer.Option(help="What to measure where no target is named."),
+    ] = "classification",
+    ckpt: Annotated[
+        str | None,
+        typer.Option(
+            help="The first target's network before fusing, for a row to compare with.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Catalogue name that the checkpoint must turn out to be.", metavar="NAME"
+        ),
+    ] = None,
+    activation: Annotated[
+        Literal["auto", "silu", "relu", "mish"],
+        typer.Option(help="The checkpoint's activation; auto tells it from the checkpoint."),
+    ] = "auto",
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema", help="Take the checkpoint's averaged weights.")
+    ] = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Catalogue name to measure beside the targets, fused; repeatable.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Samples in one inference; 1,8 gives rows of each.", metavar="N,..."),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Height and width in pixels.", metavar="N")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16"] | None,
+        typer.Option(help="Element type of catalogue networks."),
+    ] = None,
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="How segments are placed: streams, auto, authors, the file of a program, or whole "
+            "for no rows of segments.",
+        ),
+    ] = "streams",
+    lanes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Segments that may run at the same time.", metavar="N"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of each row; one per core by default.", metavar="N"),
+    ] = None,
+    in_flight: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Inferences under way in pipelined turns; 1 for none.", metavar="N"
+        ),
+    ] = 2,
+    target_ci: Annotated[
+        str,
+        typer.Option(
+            help="Stop when medians and ratios are known this well to either side.", metavar="P%"
+        ),
+    ] = "1%",
+    max_time: Annotated[
+        float, typer.Option(help="Stop when this time is up, loading included.", metavar="S")
+    ] = 120.0,
+    min_time: Annotated[
+        float,
+        typer.Option(help="Do not stop before each row has been measured this long.", metavar="S"),
+    ] = 0.0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Fresh worker processes of each row.", metavar="N")
+    ] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Make this many rounds in each process, whatever they take.", metavar="N"
+        ),
+    ] = None,
+    percentiles: Annotated[
+        str, typer.Option(help="Which percentiles to state.", metavar="P,...")
+    ] = "50,90,99",
+    interleave: Annotated[
+        bool,
+        typer.Option(
+            "--interleave/--no-interleave",
+            help="Whether rows take turns, or one is measured after the other.",
+        ),
+    ] = True,
+    l2_flush: Annotated[
+        bool, typer.Option("--l2-flush", help="Empty the last-level cache before each run.")
+    ] = False,
+    data_transfers: Annotated[
+        bool,
+        typer.Option(
+            "--data-transfers/--no-data-transfers",
+            help="Whether latencies include copies to and from a GPU.",
+        ),
+    ] = True,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the order of the rows, and of random weights.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the result as JSON.", metavar="F")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Also write one inference of each row for Perfetto.", metavar="F"),
+    ] = None,
+) -> None:
+    """Measure networks against each other, in turns on the same cores.
+
+    Every round runs every row, in random order; all of it is repeated in fresh processes.
+    Speed-ups are against the first row of the same batch size.
+
+    Graphs of catalogue networks and checkpoints are kept in the folder that
+    PARNET_EXPORT_CACHE names, by default ~/.cache/parnet-export.
+    """
+    from parnet_bench.graphs import Reading
+    from parnet_bench.procedure import Procedure
+    from parnet_bench.result_file import as_dict
+    from parnet_bench.rows import Request
+    from parnet_bench.table import render
+
+    _check_devices(devices, threads=threads, data_transfers=data_transfers)
+    if not 0 < max_time < math.inf:
+        raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
+    if not 0 <= min_time < math.inf:
+        raise InputError("--min-time", f"{min_time} is not a time", "Give seconds, 0 or more")
+    if ckpt is None and (arch or use_ema or activation != "auto"):
+        option = "--arch" if arch else "--use-ema" if use_ema else "--activation"
+        raise InputError(option, "says how --ckpt is read, which is not there", "Give --ckpt")
+    for path in (output, trace):
+        if path is not None:
+            files.require_writable(path)
+    request = Request(
+        targets=tuple(targets or ()),
+        ckpt=ckpt,
+        reading=Reading(arch, activation, use_ema),
+        baselines=tuple(baseline or ()),
+        batches=parse_batches(batch),
+        resolution=resolution,
+        precision=precision,
+        devices=devices,
+        threads=threads,
+        lanes=lanes,
+        plan=plan,
+        seed=seed,
+        task=task,
+    )
+    procedure = Procedure(
+        processes=processes,
+        target_ci=parse_share(target_ci),
+        max_time_s=max_time,
+        min_time_s=min_time,
+        rounds=rounds,
+        percentiles=parse_percentiles(percentiles),
+        interleave=interleave,
+        in_flight=in_flight,
+        l2_flush=l2_flush,
+        seed=seed,
+    )
+    try:
+        result = _measure(request, procedure)
+    except KeyboardInterrupt:
+        console.warn("interrupted before the first round was complete; nothing was recorded")
+        raise typer.Exit(console.INTERRUPTED_EXIT_CODE) from None
+    if trace is not None:
+        from parnet_bench.trace import encode_traces
+
+        files.write_bytes(trace, encode_traces(result))
+    console.show(as_dict(result), render(result), as_json=as_json, output=output)
+    if result.partial:
+        kept = f"; what was measured is in {output}, marked as partial" if output else ""
+        rounds_made = sum(map(len, result.orders))
+        console.warn(f"interrupted after {rounds_made} rounds{kept}")
+        raise typer.Exit(console.INTERRUPTED_EXIT_CODE)
+    if result.failed:
+        names = ", ".join(row.description.name for row in result.failed)
+        console.warn(f"not measured: {names}")
+        raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to a command line."""
+    app.command()(latency)
+
+
+def parse_batches(text: str | None) -> tuple[int, ...]:
+    """Return the batch sizes of ``--batch``: ``"1,8"``."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError("--batch", f"{text!r} are no batch sizes", "Use numbers such as 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def parse_share(text: str) -> float:
+    """Return the share of ``--target-ci``: ``"1%"`` or ``"0.01"``."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1 or rest:
+        raise InputError("--target-ci", f"{text!r} is no share", "Use a percentage such as 1%")
+    return share
+
+
+def parse_percentiles(text: str) -> tuple[float, ...]:
+    """Return the percentiles of ``--percentiles``: ``"50,90,99"``."""
+    try:
+        found = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < percent < 100 for percent in found):
+        problem = f"{text!r} are no percentiles"
+        raise InputError("--percentiles", problem, "Use numbers between 0 and 100: 50,90,99")
+    return found
+
+
+def _check_devices(devices: str, *, threads: int | None, data_transfers: bool) -> None:
+    """Refuse what the devices cannot do before anything is exported."""
+    from parnet_engines.devices import parse_devices
+
+    found = parse_devices(devices, threads=threads)
+    cores = sum(len(device.cores) for device in found)
+    if threads is not None and cores and threads > cores:
+        raise InputError("--threads", f"this process may use {cores} cores", "Use fewer")
+    if not data_transfers and all(device.name.startswith("cpu") for device in found):
+        problem = "rows on the CPU read the caller's memory, so there are no transfers"
+        raise InputError("--no-data-transfers", problem, "Leave it out")
+
+
+def _measure(request: Request, procedure: Procedure) -> Result:
+    from parnet_bench.environment import read_environment
+    from parnet_bench.latency import measure_rows
+    from parnet_bench.peaks import measure_peaks
+    from parnet_bench.progress import showing_progress
+    from parnet_bench.rows import plan_rows
+
+    environment = read_environment()
+    with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
+        rows, notes = plan_rows(request, Path(workspace), console.working)
+        with console.working("measuring what the cores can do at most"):
+            peaks = tuple(
+                measure_peaks(cores) for cores in dict.fromkeys(r.description.cores for r in rows)
+            )
+        with showing_progress() as observe:
+            return measure_rows(
+                rows, procedure, environment, notes=notes, peaks=peaks, observe=observe
+            )

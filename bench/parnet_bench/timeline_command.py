@@ -1,0 +1,132 @@
+"""The ``parnet-bench timeline`` command: what lanes really do, and why they do not overlap."""
+
+# An option is a parameter.
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from parnet_export import console, files
+
+if TYPE_CHECKING:
+    from parnet_engines.cost_table import CostTable
+    from parnet_engines.program import Program
+    from parnet_export.bundle import Bundle
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to a command line."""
+    app.command("timeline")(timeline)
+
+
+def timeline(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
+    devices: Annotated[
+        str, typer.Option(help="Where to run: cpu, or cores such as cpu:0-3,cpu:4-7.")
+    ] = "cpu",
+    plan: Annotated[
+        str,
+        typer.Option(help="streams, whole, auto, authors, or a plan's file.", metavar="PLAN"),
+    ] = "streams",
+    engine: Annotated[
+        Literal["onnxruntime", "openvino"], typer.Option(help="Runtime of the engines.")
+    ] = "onnxruntime",
+    lanes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Lanes, at most. Default: as many as can be of use.", metavar="K"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores in all. Default: all.", metavar="N")
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(min=1, help="Inferences that overlap.", metavar="N")
+    ] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Images, where the bundle leaves that open.", metavar="N")
+    ] = 1,
+    inferences: Annotated[int, typer.Option(min=1, help="How many to record.", metavar="N")] = 50,
+    warm_up: Annotated[
+        int, typer.Option(min=1, help="How many to run before that.", metavar="N")
+    ] = 10,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw the inference that is shown, as SVG.", metavar="F")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write all inferences for ui.perfetto.dev or chrome://tracing.", metavar="F"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the result as JSON.", metavar="F")
+    ] = None,
+) -> None:
+    """Record inferences, and say how far lanes overlap and what keeps them from it."""
+    from parnet_bench.timeline_report import record, render, report_on
+    from parnet_engines.machine import describe_machine
+    from parnet_engines.session import PLANS, Session
+    from parnet_engines.timeline_picture import render_timeline_svg
+    from parnet_engines.trace_file import encode_trace
+    from parnet_export.bundle import open_bundle
+    from parnet_export.samples import make_samples
+
+    for path in (svg, trace, output):
+        if path is not None:
+            files.require_writable(path)
+    opened = open_bundle(bundle)
+    sizes = {
+        size: batch
+        for tensor in opened.stream_graph.inputs
+        for size in tensor.shape[:1]
+        if isinstance(size, str)
+    }
+    inputs = next(make_samples(opened.stream_graph.inputs, sizes=sizes)).inputs
+    with (
+        console.working(f"running {opened.label}"),
+        Session.open(
+            opened,
+            devices,
+            plan=plan if plan in PLANS else Path(plan),
+            engine=engine,
+            lanes=lanes,
+            threads=threads,
+            in_flight=in_flight,
+            record=True,
+        ) as session,
+    ):
+        recording = record(session, inputs, inferences=inferences, warm_ups=warm_up)
+    program = session.program.program
+    report, shown = report_on(
+        session,
+        recording,
+        network=opened.label,
+        engine=engine,
+        machine=describe_machine(engine),
+        isolated=_isolated_costs(opened, program) if engine == "onnxruntime" else None,
+    )
+    title = f"{opened.label}, {engine} on {devices}"
+    if svg is not None:
+        files.write_text(svg, render_timeline_svg(program, shown, report.analysis, title))
+    if trace is not None:
+        files.write_bytes(trace, encode_trace(program, recording, title))
+    console.show(report, render(report), as_json=as_json, output=output)
+
+
+def _isolated_costs(bundle: Bundle, program: Program) -> CostTable | None:
+    """Return what was measured of a program's segments alone; None if any is missing."""
+    from parnet_engines.bundle_costs import load_bundle_costs
+    from parnet_engines.cost_table import device_kind, lane_threads
+    from parnet_engines.program import Run
+
+    costs = load_bundle_costs(bundle)
+    for step in program.steps:
+        if isinstance(step, Run):
+            lane = program.lanes_by_name[step.lane]
+            found = costs.find(step.segment, device_kind(lane.device), lane_threads(lane))
+            if found is None or found.busy_lanes != 1:
+                return None
+    return costs

@@ -1,0 +1,419 @@
+"""The CUDA interpreter: executes a checked program on CUDA streams of one GPU or several.
+
+Memory is allocated, engines are bound and everything is captured once; an inference is one
+launch where CUDA allows it, see `parnet_engines.cuda_launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parnet_engines.cuda_driver import CudaError, on_device
+from parnet_engines.cuda_engine import DeviceTensor
+from parnet_engines.cuda_lanes import CudaLanes
+from parnet_engines.cuda_launch import Launcher
+from parnet_engines.cuda_memory import Region, allocate_buffers, array_at, find_layouts, from_layout
+from parnet_engines.cuda_resources import CudaResources
+from parnet_engines.program import Run
+from parnet_engines.recording import span_of
+from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from parnet_engines.check import CheckedProgram
+    from parnet_engines.clock import Clock
+    from parnet_engines.cuda_driver import CudaDriver
+    from parnet_engines.cuda_engine import CudaEngine
+    from parnet_engines.execution import Execution
+    from parnet_engines.recording import Span
+
+    Enqueue = Callable[[int], None]
+
+ALIGNMENT_BYTES = 256
+"""Engines may want tensors at multiples of this; CUDA's own allocations are."""
+
+_KEPT_PLACES = 4
+"""For how many combinations of a caller's addresses graphs are kept."""
+
+_POLL_S = 50e-6
+
+
+class CudaHost:
+    """One slot of a program: its memory, bound engines, streams and graphs.
+
+    One thread at a time may use it.
+
+    Parameters
+    ----------
+    checked_program
+        What to execute.
+    engines
+        An engine for each segment and lane that runs it. They stay the caller's.
+    shapes
+        The shape of every buffer, see `parnet_engines.cuda_memory.resolve_shapes`.
+    driver
+        CUDA.
+    timeout_s
+        Time limit of an inference in seconds.
+    clock
+        If given, the times of all runs and copies are recorded, on its time scale.
+    use_graphs
+        Whether to launch CUDA graphs where they can be captured.
+
+    Raises
+    ------
+    CudaError
+        When the driver refuses something that there is no way around.
+    SegmentFailedError
+        When an engine fails in its first run.
+    InputError
+        When engines do not fit together.
+    """
+
+    def __init__(
+        self,
+        checked_program: CheckedProgram,
+        engines: Mapping[tuple[str, str], CudaEngine],
+        shapes: Mapping[str, tuple[int, ...]],
+        driver: CudaDriver,
+        *,
+        timeout_s: float | None = None,
+        clock: Clock | None = None,
+        use_graphs: bool = True,
+    ) -> None:
+        self._program = checked_program.program
+        self._engines = engines
+        self._driver = driver
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._resources = CudaResources(driver)
+        self._launches: dict[tuple[int, ...], tuple[Callable[[], None], dict[int, Enqueue]]] = {}
+        self._bindings: dict[int, Enqueue] = {}
+        self._used_streams: tuple[tuple[int, int], ...] = ()
+        self._is_hung = False
+        self._is_pending = False
+        try:
+            self._build(checked_program, shapes, use_graphs=use_graphs)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _build(
+        self,
+        checked_program: CheckedProgram,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        use_graphs: bool,
+    ) -> None:
+        program, resources = self._program, self._resources
+        timed = self._clock is not None
+        self._lanes = lanes = CudaLanes(checked_program, self._driver, resources, timed=timed)
+        layouts = find_layouts(program, self._engines)
+        self._regions = allocate_buffers(program, shapes, layouts, resources)
+        lanes.prepare_detours(self._regions)
+        self._arrived = resources.create_event(lanes.home)
+        self._left = resources.create_event(lanes.home)
+        self._zeros = {
+            device: resources.create_event(device, timing=True) for device in lanes.devices if timed
+        }
+        self._inputs = tuple(self._pinned(name) for name in program.inputs)
+        self._outputs = tuple(self._pinned(name) for name in program.outputs)
+        self._interface = (*program.inputs, *program.outputs)
+        self._launcher = Launcher(program, lanes, self._driver, resources, use_graphs=use_graphs)
+        self._used_streams = tuple((d, lanes.streams[n]) for n, d in lanes.ordinals.items())
+        with on_device(self._driver, lanes.home):
+            for region in dict.fromkeys(self._regions[name] for name in program.inputs):
+                self._driver.clear(region.address, region.size_bytes, lanes.origin)
+        self._own_place = tuple(self._regions[name].address for name in self._interface)
+        self._launches[self._own_place] = self._prepare(self._regions)
+
+    @property
+    def inputs(self) -> tuple[NDArray[Any], ...]:
+        """Page-locked host memory for the network's inputs.
+
+        Write it before `run`, which leaves it as it is.
+        """
+        if self._is_pending:
+            self._settle()
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[NDArray[Any], ...]:
+        """Page-locked host memory with the outputs: valid from the end of `run` to the next."""
+        return self._outputs
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The segments that hang, as far as is known; a GPU does not say which one it is."""
+        return tuple(segment for segment, _ in self._engines) if self._is_hung else ()
+
+    @property
+    def execution(self) -> Execution:
+        """How the program is carried out."""
+        return self._execution
+
+    @property
+    def regions(self) -> Mapping[str, Region]:
+        """Where the program's buffers lie."""
+        return self._regions
+
+    def run(
+        self,
+        inference: int = 0,
+        *,
+        inputs: Sequence[int | None] = (),
+        outputs: Sequence[int | None] = (),
+        stream: int | None = None,
+        after: Iterable[int] = (),
+    ) -> tuple[Span, ...]:
+        """Execute the program once.
+
+        Parameters
+        ----------
+        inference
+            The number under which it is recorded.
+        inputs, outputs
+            For each network input and output an address in the origin's device where the
+            caller's tensor lies, or None to go by `inputs` and `outputs` of this object. They
+            are used in place if they are aligned to `ALIGNMENT_BYTES`, and for the first
+            few combinations of addresses; others are copied within the device.
+        stream
+            A CUDA stream of the origin's device to be ordered against: the inference
+            begins after what this stream has been given before, and what it is given
+            afterwards begins after the inference.
+        after
+            CUDA streams of the origin's device whose work so far comes before the inference.
+
+        Returns
+        -------
+        tuple
+            If times are recorded, a span for each run and copy.
+
+        Notes
+        -----
+        Returns when the outputs are complete; given a stream and addresses for all outputs,
+        as soon as everything is enqueued.
+
+        Raises
+        ------
+        CudaError
+            When the driver reports an error of this inference or an earlier one.
+        SegmentFailedError
+            When an engine cannot be enqueued.
+        SegmentHungError
+            When the time limit is over, now or in an earlier run.
+        """
+        if self._is_hung:
+            raise SegmentHungError((), self._timeout_s or 0.0)
+        given = (
+            *(tuple(inputs) or (None,) * len(self._inputs)),
+            *(tuple(outputs) or (None,) * len(self._outputs)),
+        )
+        place, copied = self._place(given)
+        launch, _ = self._launches[place]
+        began_ns = self._synchronise_clocks()
+        lanes = self._lanes
+        with on_device(self._driver, lanes.home):
+            for earlier in (*after, *(() if stream is None else (stream,))):
+                self._driver.record_event(self._arrived, earlier)
+                self._driver.wait_event(lanes.origin, self._arrived)
+            self._copy_in(given, copied)
+            launch()
+            self._copy_out(given, copied)
+            if stream is not None:
+                self._driver.record_event(self._left, lanes.origin)
+                self._driver.wait_event(stream, self._left)
+            self._is_pending = True
+            if stream is None or None in given[len(self._inputs) :] or self._clock:
+                self._settle()
+        return self._spans(inference, began_ns)
+
+    def read(self, buffer: str) -> NDArray[Any]:
+        """Return a copy of what a buffer holds after the last inference."""
+        self._settle()
+        region = self._regions[buffer]
+        memory = np.empty(region.size_bytes, np.uint8)
+        lane = next(n for n, device in self._lanes.ordinals.items() if device == region.device)
+        stream = self._lanes.streams[lane]
+        with on_device(self._driver, region.device):
+            size_bytes = region.size_bytes
+            self._driver.copy_to_host(memory.ctypes.data, region.address, size_bytes, stream)
+            self._driver.synchronize(stream)
+        return from_layout(memory, region)
+
+    def give_up(self) -> None:
+        """Release everything; nobody is there any more to hear of errors."""
+        with contextlib.suppress(CudaError):
+            self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way, and release everything. Closing twice does no harm.
+
+        After an inference that hangs everything is left as it is.
+        """
+        if self._is_hung:
+            self._resources.abandon()
+            return
+        try:
+            self._drain()
+        finally:
+            self._used_streams = ()
+            self._launches.clear()
+            self._bindings.clear()
+            self._resources.close()
+
+    def _pinned(self, name: str) -> NDArray[Any]:
+        """Return page-locked memory for a network input or output."""
+        region = self._regions[name]
+        address = self._resources.allocate_pinned(region.device, region.size_bytes)
+        return array_at(address, region.shape, region.dtype)
+
+    def _prepare(
+        self, regions: Mapping[str, Region]
+    ) -> tuple[Callable[[], None], dict[int, Enqueue]]:
+        """Bind engines where they have to be bound to these regions, and capture.
+
+        A graph works in the memory of the bindings, which are returned to be kept alive.
+        """
+        bindings: dict[int, Enqueue] = {}
+        for index, step in enumerate(self._program.steps):
+            if isinstance(step, Run):
+                buffers = (*step.inputs, *step.outputs)
+                same = all(regions[name] is self._regions[name] for name in buffers)
+                known = self._bindings.get(index) if same else None
+                bindings[index] = known or self._bind(step, regions)
+        if not self._bindings:
+            self._bindings = bindings
+        actions = self._lanes.actions(regions, bindings)
+        self._execution, launch = self._launcher.prepare(actions)
+        return launch, bindings
+
+    def _bind(self, step: Run, regions: Mapping[str, Region]) -> Enqueue:
+        engine = self._engines[step.segment, step.lane]
+        specs = (*engine.inputs, *engine.outputs)
+        tensors = [
+            DeviceTensor(spec.name, r.dtype, r.shape, r.address, r.device, r.layout)
+            for spec, r in zip(specs, (regions[n] for n in step.inputs + step.outputs), strict=True)
+        ]
+        count = len(engine.inputs)
+        try:
+            with on_device(self._driver, self._lanes.ordinals[step.lane]):
+                enqueue = engine.bind(tensors[:count], tensors[count:])
+        except (CudaError, SegmentFailedError):
+            raise
+        except Exception as error:
+            raise SegmentFailedError(step.segment, error) from error
+        return partial(_enqueue, step.segment, enqueue)
+
+    def _place(self, given: Sequence[int | None]) -> tuple[tuple[int, ...], frozenset[int]]:
+        """Return for which addresses to launch, and which of the caller's to copy."""
+        wanted = tuple(
+            own if address is None or address % ALIGNMENT_BYTES else address
+            for own, address in zip(self._own_place, given, strict=True)
+        )
+        if wanted not in self._launches:
+            if len(self._launches) > _KEPT_PLACES:
+                wanted = self._own_place
+            else:
+                regions = dict(self._regions)
+                for name, address in zip(self._interface, wanted, strict=True):
+                    old = regions[name]
+                    if address != old.address:
+                        regions[name] = Region(
+                            address, old.device, old.shape, old.dtype, old.layout
+                        )
+                self._settle()
+                self._launches[wanted] = self._prepare(regions)
+        copied = frozenset(
+            position
+            for position, address in enumerate(given)
+            if address is not None and address != wanted[position]
+        )
+        return wanted, copied
+
+    def _copy_in(self, given: Sequence[int | None], copied: frozenset[int]) -> None:
+        origin = self._lanes.origin
+        for position, array in enumerate(self._inputs):
+            region, address = self._regions[self._interface[position]], given[position]
+            size_bytes = region.size_bytes
+            if address is None:
+                source = array.ctypes.data
+                self._driver.copy_to_device(region.address, source, size_bytes, origin)
+            elif position in copied:
+                self._driver.copy_on_device(region.address, address, size_bytes, origin)
+
+    def _copy_out(self, given: Sequence[int | None], copied: frozenset[int]) -> None:
+        origin = self._lanes.origin
+        for position, array in enumerate(self._outputs, start=len(self._inputs)):
+            region, address = self._regions[self._interface[position]], given[position]
+            size_bytes = region.size_bytes
+            if address is None:
+                target = array.ctypes.data
+                self._driver.copy_to_host(target, region.address, size_bytes, origin)
+            elif position in copied:
+                self._driver.copy_on_device(address, region.address, size_bytes, origin)
+
+    def _synchronise_clocks(self) -> dict[int, int]:
+        """Return when each device's time scale begins, on the clock; empty without one."""
+        began_ns: dict[int, int] = {}
+        if self._clock is None:
+            return began_ns
+        leads: dict[int, int] = {}
+        for lane, device in self._lanes.ordinals.items():
+            leads.setdefault(device, self._lanes.streams[lane])
+        for device, zero in self._zeros.items():
+            with on_device(self._driver, device):
+                self._driver.record_event(zero, leads[device])
+                self._driver.synchronize(leads[device])
+                began_ns[device] = self._clock.now_ns()
+        return began_ns
+
+    def _spans(self, inference: int, began_ns: Mapping[int, int]) -> tuple[Span, ...]:
+        found = []
+        for index, timers in self._lanes.timers.items():
+            device = self._lanes.ordinals[self._program.steps[index].lane]
+            zero = self._zeros[device]
+            moments = [
+                began_ns[device] + round(self._driver.elapsed_ms(device, zero, event) * 1e6)
+                for event in timers
+            ]
+            found.append(span_of(self._program, index, moments[0], moments[1], inference))
+        return tuple(found)
+
+    def _settle(self) -> None:
+        """Wait until the origin's stream has done all it was given."""
+        self._is_pending = False
+        stream = self._lanes.origin
+        with on_device(self._driver, self._lanes.home):
+            if self._timeout_s is None:
+                self._driver.synchronize(stream)
+                return
+            deadline_s = time.monotonic() + self._timeout_s
+            while not self._driver.is_idle(stream):
+                if time.monotonic() > deadline_s:
+                    self._is_hung = True
+                    raise SegmentHungError((), self._timeout_s)
+                time.sleep(_POLL_S)
+
+    def _drain(self) -> None:
+        """Wait for all streams, so that nothing in use is released."""
+        for device, stream in self._used_streams:
+            with on_device(self._driver, device):
+                self._driver.synchronize(stream)
+
+
+def _enqueue(segment: str, enqueue: Enqueue, stream: int) -> None:
+    try:
+        enqueue(stream)
+    except CudaError:
+        raise
+    except Exception as error:
+        raise SegmentFailedError(segment, error) from error

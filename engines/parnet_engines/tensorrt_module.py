@@ -1,0 +1,191 @@
+"""TensorRT as a Python module: ``tensorrt`` 10 and 11, or ``tensorrt_rtx``, which share an API.
+
+All that differs between them stands here; everywhere else they are the same:
+
+- Version 11 knows strongly typed networks only; 10 must be asked for them.
+- ``tensorrt`` builds for the GPU that it runs on. ``tensorrt_rtx`` needs none, and can be told
+  which compute capabilities to build for.
+- ``tensorrt_rtx`` has neither timing caches nor engines for other versions of itself. It
+  compiles kernels when an engine first runs, and has a runtime cache for them.
+- The memory that a context takes has another name before version 10.1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from parnet_export.errors import InputError, MissingBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Backend = Literal["tensorrt", "tensorrt-rtx"]
+
+OLDEST_MAJOR = 10
+"""The first version of ``tensorrt`` whose networks can be strongly typed throughout."""
+
+RTX_OLDEST_CAPABILITY = (8, 0)
+"""TensorRT-RTX builds for this compute capability and later ones by default (its manual)."""
+
+LABELS: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+"""How people call the backends."""
+
+_MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS: dict[Backend, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
+_DISTRIBUTIONS: dict[Backend, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRt:
+    """An imported TensorRT.
+
+    Parameters
+    ----------
+    backend
+        Which of the two it is.
+    module
+        The Python module.
+    version
+        As `installed_version` tells it.
+    """
+
+    backend: Backend
+    module: Any
+    version: str
+
+    @property
+    def label(self) -> str:
+        """Name and version, for people."""
+        return f"{LABELS[self.backend]} {self.version}"
+
+    def network_flags(self) -> int:
+        """Return the flags of a network whose tensors have the types that the graph gives them."""
+        flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+    def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
+        """Choose the GPUs that an engine is built for, where the backend lets one choose.
+
+        Raises
+        ------
+        InputError
+            When TensorRT-RTX cannot build for one of them.
+        """
+        if self.backend == "tensorrt" or not capabilities:
+            return
+        known = self.module.ComputeCapability
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            value = getattr(known, f"SM{capability.replace('.', '')}", None)
+            if value is None or not config.set_compute_capability(value, index):
+                names = sorted(
+                    (name for name in dir(known) if name.startswith("SM")),
+                    key=lambda name: int(name[2:]),
+                )
+                choices = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in names)
+                problem = f"{self.label} cannot build for it, only for {choices}"
+                remedy = "Choose one of these, or use --backend tensorrt on a machine with that GPU"
+                raise InputError(f"compute capability {capability}", problem, remedy)
+
+    def context_memory_bytes(self, engine: Any) -> int:
+        """Return the GPU memory that each execution context of an engine takes."""
+        if hasattr(engine, "device_memory_size_v2"):
+            return int(engine.device_memory_size_v2)
+        return int(engine.device_memory_size)
+
+    def runtime_config(self, engine: Any) -> Any | None:
+        """Return how contexts of an engine are to run; None where that cannot be configured.
+
+        Whole programs are captured into CUDA graphs here, so that TensorRT-RTX must make
+        none of its own.
+        """
+        if self.backend == "tensorrt":
+            return None
+        config = engine.create_runtime_config()
+        if hasattr(config, "cuda_graph_strategy"):  # since 1.3
+            config.cuda_graph_strategy = self.module.CudaGraphStrategy.DISABLED
+        return config
+
+
+def choose_backend(wanted: Backend | Literal["auto"], *, other_gpus: bool = False) -> Backend:
+    """Return the backend that ``auto`` stands for. Nothing is imported.
+
+    Parameters
+    ----------
+    wanted
+        A backend stays what it is. ``"auto"`` is TensorRT where it is installed, else
+        TensorRT-RTX.
+    other_gpus
+        Whether engines are for GPUs that may not be in this machine, which only
+        TensorRT-RTX can build for.
+
+    Raises
+    ------
+    MissingBackendError
+        When it is not installed; for ``"auto"``, when none is.
+    """
+    choices: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+    if wanted != "auto":
+        choices = (wanted,)
+    elif other_gpus:
+        choices = ("tensorrt-rtx",)
+    for backend in choices:
+        if importlib.util.find_spec(_MODULES[backend]) is not None:
+            return backend
+    last = choices[-1]
+    raise MissingBackendError(_MODULES[last], "Building TensorRT engines", _install(last))
+
+
+def installed_version(backend: Backend) -> str:
+    """Return the version of an installed backend, without importing it if possible.
+
+    Raises
+    ------
+    MissingBackendError
+        When it is not installed.
+    """
+    for name in _DISTRIBUTIONS[backend]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return str(_import(backend).__version__)  # installed by a system's package manager
+
+
+def import_tensorrt(backend: Backend) -> TensorRt:
+    """Import a backend.
+
+    Raises
+    ------
+    MissingBackendError
+        When it is not installed. One that is installed and broken raises what it raises.
+    InputError
+        When it is too old.
+    """
+    module = _import(backend)
+    version = installed_version(backend)
+    if backend == "tensorrt" and int(version.partition(".")[0]) < OLDEST_MAJOR:
+        remedy = f"Upgrade it: {_install(backend)}"
+        raise InputError(f"tensorrt {version}", f"is older than {OLDEST_MAJOR}", remedy)
+    return TensorRt(backend, module, version)
+
+
+def _import(backend: Backend) -> Any:
+    name = _MODULES[backend]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise MissingBackendError(name, f"{LABELS[backend]}", _install(backend)) from error
+
+
+def _install(backend: Backend) -> str:
+    return f"pip install 'parnet-export[{_EXTRAS[backend]}]'"

@@ -1,0 +1,57 @@
+"""What the tests on a GPU share. They need torch with CUDA and cuda-bindings, nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from parnet_engines.cuda_bindings import BindingsDriver
+from parnet_engines.cuda_driver import CudaError
+from parnet_export.errors import MissingBackendError
+from parnet_export.pipeline import export_graph, make_bundle
+from parnet_export.source import load_network
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The machine's driver, or a skip that says what is missing."""
+    try:
+        found = BindingsDriver()
+        count = len(found.gpus())
+    except (CudaError, MissingBackendError) as error:
+        pytest.skip(f"no GPU: {error}")
+    if not count:
+        pytest.skip("no GPU: the driver finds none")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch was built without CUDA, or finds no GPU")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _only_with_a_gpu(driver):
+    """Skip every test here on a machine without one."""
+
+
+@pytest.fixture(scope="session")
+def exported():
+    return export_graph(load_network("parnet-cifar-1.3m"), resolution=32, batch=1)
+
+
+@pytest.fixture(scope="session", params=["fp32", "fp16"])
+def bundle(request, exported, tmp_path_factory):
+    model, provenance = exported
+    path = tmp_path_factory.mktemp(request.param) / "b"
+    return make_bundle(model, provenance, path, precision=request.param, prove=False)[0]
+
+
+@pytest.fixture(scope="session")
+def single_bundle(exported, tmp_path_factory):
+    model, provenance = exported
+    path = tmp_path_factory.mktemp("single") / "b"
+    return make_bundle(model, provenance, path, prove=False)[0]
+
+
+@pytest.fixture
+def image(request):
+    return np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)

@@ -1,0 +1,346 @@
+"""Programs on a real GPU with torch's engines: parity, overlap, graphs, memory, other libraries."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from parnet_engines import torch_engine
+from parnet_engines.accuracy import LIMITS, assess
+from parnet_engines.check import checked
+from parnet_engines.cuda_session import CudaSession
+from parnet_engines.device_proof import prove_on_devices
+from parnet_engines.engine import NullEngine
+from parnet_engines.lowering import lower
+from parnet_engines.placement import Assignment, Lane, Placement
+from parnet_engines.program import Run
+from parnet_engines.session import Session
+from parnet_engines.tensor_layout import TensorLayout
+from parnet_engines.timeline import analyse
+from parnet_export.errors import InputError
+from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
+from parnet_export.verify import relative_error
+
+pytestmark = pytest.mark.gpu
+
+open_torch = partial(CudaSession.open_on_gpus, engine="torch")
+
+
+def as_input(bundle, image):
+    return image.astype(bundle.stream_graph.inputs[0].dtype)
+
+
+# Parity.
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_every_segment_the_split_and_the_whole_agree_with_float32(bundle, lanes):
+    rows = prove_on_devices(bundle, "0", engine="torch", lanes=lanes, random_samples=4)
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.parametrize("plan", ["streams", "authors"])
+@pytest.mark.parametrize("devices", ["0", "0,0", "0,0,0"])
+def test_the_program_for_several_devices_runs_on_one(bundle, image, devices, plan):
+    image = as_input(bundle, image)
+    with open_torch(bundle, "0", plan="whole") as session:
+        reference = session.run({"image": image})["logits"]
+    with open_torch(bundle, devices, plan=plan) as session:
+        for _ in range(3):
+            found = session.run({"image": image})["logits"]
+        assert session.execution.mode == "graph", session.execution
+        several = len({lane.device for lane in session.program.program.lanes}) > 1
+        assert session.execution.copies == ("memory" if several else "none")
+    limits = LIMITS[bundle.manifest.precision]
+    row = assess("it", [("logits", found, reference)], limits, classes=True)
+    assert row.passed, row
+
+
+@pytest.mark.parametrize("devices", ["0,1", "0,1,2"])
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_several_gpus_compute_the_same(driver, bundle, image, devices, use_graphs):
+    if len(driver.gpus()) < len(devices.split(",")):
+        pytest.skip(f"this machine has {len(driver.gpus())} GPUs")
+    image = as_input(bundle, image)
+    with open_torch(bundle, "0", plan="whole") as session:
+        reference = session.run({"image": image})["logits"]
+    with open_torch(bundle, devices, plan="authors", use_graphs=use_graphs) as session:
+        found = session.run({"image": image})["logits"]
+    assert relative_error(found, reference) < LIMITS[bundle.manifest.precision].relative_error
+
+
+# Graphs.
+
+
+@pytest.mark.parametrize("devices", ["0", "0,0,0"])
+def test_with_and_without_a_graph_the_results_are_the_same(bundle, devices):
+    generator = np.random.default_rng(1)
+    images = [
+        as_input(bundle, generator.standard_normal((1, 3, 32, 32)).astype(np.float32))
+        for _ in range(5)
+    ]
+    with (
+        open_torch(bundle, devices) as with_graph,
+        open_torch(bundle, devices, use_graphs=False) as without,
+    ):
+        for image in images:
+            found = with_graph.run({"image": image})["logits"]
+            expected = without.run({"image": image})["logits"]
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        assert with_graph.execution.mode == "graph"
+        assert without.execution.mode == "enqueue"
+
+
+TENSOR = TensorSpec("image", "float32", (4,))
+
+
+class OnGpu(NullEngine):
+    """A CUDA engine that enqueues any torch function of its stream."""
+
+    def __init__(self, segment, enqueue):
+        super().__init__(segment)
+        self.device = 0
+        self.enqueue = enqueue
+
+    def layout(self, _tensor):
+        return TensorLayout.LINEAR
+
+    def bind(self, inputs, outputs):
+        source, target = torch_engine.as_tensor(inputs[0]), torch_engine.as_tensor(outputs[0])
+
+        def run(stream):
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream, 0)):
+                self.enqueue()
+                target.copy_(source)
+
+        return run
+
+
+def open_fork(driver, enqueue, **options):
+    """Two segments that need only the input, each on a lane of its own."""
+    left, right = (TensorSpec(name, "float32", (4,)) for name in ("left", "right"))
+    no_cost = Cost(0, 0, 0, 0, 0, 0)
+    graph = StreamGraph(
+        (TENSOR,),
+        (left, right),
+        (Segment("l", (TENSOR,), (left,), no_cost), Segment("r", (TENSOR,), (right,), no_cost)),
+    )
+    lanes = (Lane("lane0", "cuda:0"), Lane("lane1", "cuda:0"))
+    placement = Placement(lanes, (Assignment("l", "lane0"), Assignment("r", "lane1")))
+    program = checked(lower(graph, placement), graph)
+    engines = {
+        (step.segment, step.lane): OnGpu(graph[step.segment], enqueue)
+        for step in program.program.steps
+        if isinstance(step, Run)
+    }
+    return CudaSession(program, engines, driver, **options)
+
+
+def test_an_engine_that_synchronises_leaves_no_capture_open(driver, bundle, image):
+    with open_fork(driver, lambda: torch.cuda.current_stream().synchronize()) as session:
+        values = np.arange(4, dtype=np.float32)
+        for _ in range(2):
+            found = session.run({"image": values})
+            np.testing.assert_array_equal(found["right"], values)
+        assert session.execution.mode == "enqueue"
+        assert session.execution.reason
+    with open_torch(bundle, "0") as session:  # others can be captured all the same
+        session.run({"image": as_input(bundle, image)})
+        assert session.execution.mode == "graph"
+
+
+# Concurrency.
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_lanes_overlap(driver, use_graphs):
+    # Ten milliseconds or so of waiting on one multiprocessor: nothing keeps two from overlapping.
+    sleep = partial(torch.cuda._sleep, 15_000_000)
+    with open_fork(driver, sleep, record=True, use_graphs=use_graphs) as session:
+        for _ in range(4):
+            session.run({"image": np.zeros(4, np.float32)})
+        recording = session.take_recording()
+        program = session.program.program
+        analysis = analyse(program, recording.only(recording.inferences[-1]))
+    assert analysis.overlap > 0.7
+    assert analysis.wall.total_ns > 1e6
+
+
+def test_streams_of_a_network_overlap(single_bundle, image):
+    with open_torch(single_bundle, "0", lanes=3, record=True) as session:
+        for _ in range(5):
+            session.run({"image": image})
+        recording = session.take_recording()
+        program = session.program.program
+    lanes = [name for name, spans in recording.busy_by_lane.items() if spans]
+    if len(lanes) < 2:
+        pytest.skip("the plan puts everything on one lane")
+    assert analyse(program, recording.only(recording.inferences[-1])).overlap > 0
+
+
+def test_inferences_overlap_and_stay_apart(single_bundle):
+    generator = np.random.default_rng(2)
+    images = [generator.standard_normal((1, 3, 32, 32)).astype(np.float32) for _ in range(8)]
+    with open_torch(single_bundle, "0", plan="whole") as session:
+        expected = [session.run({"image": image})["logits"] for image in images]
+    with open_torch(single_bundle, "0", in_flight=2) as session:
+        wrong = []
+
+        def serve(number):
+            for _ in range(50):
+                found = session.run({"image": images[number]})["logits"]
+                if relative_error(found, expected[number]) > 1e-3:
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=serve, args=(n,)) for n in range(len(images))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+# Memory.
+
+
+def test_ten_thousand_inferences_take_no_more_memory(single_bundle, image):
+    with open_torch(single_bundle, "0") as session:
+        source = torch.from_numpy(image).cuda()
+        for _ in range(20):
+            session.run({"image": image})
+            session.run({"image": source})
+        torch.cuda.synchronize()
+        before, _ = torch.cuda.mem_get_info(0)
+        for _ in range(5000):
+            session.run({"image": image})
+            session.run({"image": source})
+        torch.cuda.synchronize()
+        after, _ = torch.cuda.mem_get_info(0)
+    assert abs(after - before) < 4 << 20
+
+
+def test_sessions_give_their_memory_back(single_bundle, image):
+    free = []
+    for _ in range(6):
+        with open_torch(single_bundle, "0") as session:
+            session.run({"image": image})
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info(0)[0])
+    assert free[1] - free[-1] < 8 << 20  # the first loads the kernels
+
+
+# Other libraries.
+
+
+@pytest.fixture
+def session(single_bundle):
+    with open_torch(single_bundle, "0") as found:
+        yield found
+
+
+@pytest.fixture
+def expected(session, image):
+    return session.run({"image": image})["logits"]
+
+
+def test_torch_tensors_go_in_and_out_without_a_copy(session, image, expected):
+    source = torch.from_numpy(image).cuda()
+    target = torch.empty(expected.shape, device="cuda")
+    for _ in range(3):
+        target.zero_()
+        found = session.run({"image": source}, outputs={"logits": target})
+        assert found["logits"] is target
+        np.testing.assert_allclose(target.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_torch_stream_is_ordered_before_and_after(session, image, expected):
+    stream = torch.cuda.Stream()
+    source = torch.zeros(image.shape, device="cuda")
+    target = torch.empty(expected.shape, device="cuda")
+    session.run({"image": source}, outputs={"logits": target}, stream=stream)
+    torch.cuda.synchronize()
+    host = torch.from_numpy(image).pin_memory()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds, which the inference has to wait
+        source.copy_(host, non_blocking=True)
+        session.run({"image": source}, outputs={"logits": target}, stream=stream)
+        copied = target.clone()
+        source.zero_()  # after the inference has read it
+    stream.synchronize()
+    np.testing.assert_allclose(copied.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cupy_arrays_and_streams_are_taken(session, image, expected):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        source = cupy.asarray(image)
+        target = cupy.zeros(expected.shape, cupy.float32)
+        session.run({"image": source}, outputs={"logits": target}, stream=stream)
+    stream.synchronize()
+    np.testing.assert_allclose(cupy.asnumpy(target), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_that_speak_only_dlpack_are_taken(session, image, expected):
+    class OnlyDlpack:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+    source = OnlyDlpack(torch.from_numpy(image).cuda())
+    found = session.run({"image": source})["logits"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_address_is_taken(session, image, expected):
+    source = torch.from_numpy(image).cuda()
+    found = session.run({"image": source.data_ptr()})["logits"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_array_of_another_context_is_refused(session, image):
+    from cuda.bindings import driver as cuda
+
+    (failure, device) = cuda.cuDeviceGet(0)
+    try:
+        failure, context = cuda.cuCtxCreate(None, 0, device)  # CUDA 13
+    except TypeError:
+        failure, context = cuda.cuCtxCreate(0, device)
+    assert not int(failure)
+    failure, address = cuda.cuMemAlloc(image.nbytes)
+    assert not int(failure)
+    cuda.cuCtxPopCurrent()
+    try:
+        with pytest.raises(InputError, match="belongs to another CUDA context than the primary"):
+            session.run({"image": int(address)})
+    finally:
+        cuda.cuCtxDestroy(context)
+
+
+def test_memory_of_the_host_is_refused_by_address(session, image):
+    with pytest.raises(InputError, match="does not lie in a GPU's memory"):
+        session.run({"image": image.ctypes.data})
+
+
+# Engines that do not fit.
+
+
+def test_a_torch_for_other_gpus_is_a_sentence(single_bundle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_35"])
+    with pytest.raises(InputError, match=r"GPU 0: is sm_\d+, and this torch was built for sm_35"):
+        open_torch(single_bundle, "0")
+
+
+def test_a_tensorrt_engine_for_another_gpu_is_a_sentence(driver, single_bundle):
+    pytest.importorskip("tensorrt", reason="TensorRT is not installed")
+    with pytest.raises(InputError, match="parnet-export build"):
+        Session.open(single_bundle, "0", engine="tensorrt")
