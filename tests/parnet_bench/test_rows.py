@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parnet_bench import graphs
 from parnet_bench.graphs import catalogue_name
 from parnet_bench.rows import Request, plan_rows
 from parnet_export.census import take_census
@@ -243,3 +244,9 @@ def test_raw_heads_of_a_checkpoint_are_not_compared_with_boxes(plan, forked_onnx
     bundle, _ = make_bundle(model, replace(provenance, detections=output), tmp_path / "boxes")
     with pytest.raises(InputError, match="--detections raw"):
         plan(bundle.path, ckpt="yolov4-csp")
+
+
+def test_ensembles_of_classifiers_are_no_detectors():
+    found = graphs.detectors()
+    assert "yolov4-csp" in found
+    assert not {name for name in found if "stream" in name or "resnet" in name}
