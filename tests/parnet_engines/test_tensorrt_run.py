@@ -485,8 +485,8 @@ def test_the_engine_for_just_this_gpu_is_preferred(bundle, driver, tensorrt):
         (
             {"target": Target("tensorrt", ("8.0",), "NVIDIA A100")},
             (
-                "for NVIDIA A100 (compute capability 8.0) by TensorRT 10.9.0.34 on {here}, and device "
-                "1 is Recorder 1 (compute capability 9.0)"
+                "for NVIDIA A100 (compute capability 8.0) by TensorRT 10.9.0.34 on {here}, and "
+                "device 1 is Recorder 1 (compute capability 9.0)"
             ),
         ),
         ({"version": "10.8.0.1"}, "by TensorRT 10.8.0.1 on {here}, and TensorRT 10.9.0.34 is"),
