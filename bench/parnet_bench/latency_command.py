@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from parnet_bench.result import Result
     from parnet_bench.rows import Request
 
+PLAN_NAMES = ("streams", "auto", "authors", "whole")
+
 FAILED_EXIT_CODE = 1
 """When some rows could not be measured."""
 
@@ -153,6 +155,12 @@ def latency(
     output: Annotated[
         Path | None, typer.Option(help="Also write the result as JSON.", metavar="F")
     ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write the figures of each row as CSV.", metavar="F")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page for a browser.", metavar="F")
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Also write one inference of each row for Perfetto.", metavar="F"),
@@ -177,10 +185,15 @@ def latency(
         raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
     if not 0 <= min_time < math.inf:
         raise InputError("--min-time", f"{min_time} is not a time", "Give seconds, 0 or more")
+    if plan not in PLAN_NAMES and not Path(plan).is_file():
+        known = ", ".join(PLAN_NAMES)
+        raise InputError(
+            "--plan", f"{plan!r} is neither a plan nor a file", f"Use {known}, or a file"
+        )
     if ckpt is None and (arch or use_ema or activation != "auto"):
         option = "--arch" if arch else "--use-ema" if use_ema else "--activation"
         raise InputError(option, "says how --ckpt is read, which is not there", "Give --ckpt")
-    for path in (output, trace):
+    for path in (output, csv, html, trace):
         if path is not None:
             files.require_writable(path)
     request = Request(
@@ -215,10 +228,7 @@ def latency(
     except KeyboardInterrupt:
         console.warn("interrupted before the first round was complete; nothing was recorded")
         raise typer.Exit(console.INTERRUPTED_EXIT_CODE) from None
-    if trace is not None:
-        from parnet_bench.trace import encode_traces
-
-        files.write_bytes(trace, encode_traces(result))
+    _write_files(result, csv=csv, html=html, trace=trace)
     console.show(as_dict(result), render(result), as_json=as_json, output=output)
     if result.partial:
         kept = f"; what was measured is in {output}, marked as partial" if output else ""
@@ -281,6 +291,23 @@ def _check_devices(devices: str, *, threads: int | None, data_transfers: bool) -
     if not data_transfers and all(device.name.startswith("cpu") for device in found):
         problem = "rows on the CPU read the caller's memory, so there are no transfers"
         raise InputError("--no-data-transfers", problem, "Leave it out")
+
+
+def _write_files(
+    result: Result, *, csv: Path | None, html: Path | None, trace: Path | None
+) -> None:
+    if csv is not None:
+        from parnet_bench.csv_file import csv_text
+
+        files.write_text(csv, csv_text(result))
+    if html is not None:
+        from parnet_bench.html_page import render_page
+
+        files.write_text(html, render_page(result))
+    if trace is not None:
+        from parnet_bench.trace import encode_traces
+
+        files.write_bytes(trace, encode_traces(result))
 
 
 def _measure(request: Request, procedure: Procedure) -> Result:

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parnet_bench.cost_columns import (
+    HEADINGS,
+    cells_of,
+    costs_of,
+    remarks_on_costs,
+    used_columns,
+)
 from parnet_bench.findings import find
-from parnet_bench.peaks import achieved
 from parnet_bench.summary import RowSummary, summarise
 from parnet_export.console import (
-    format_bytes,
     format_count,
     format_ms,
-    format_percent,
     format_ratio,
     format_shape,
     printable,
@@ -26,12 +30,14 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from parnet_bench.cost_columns import RowCosts
     from parnet_bench.findings import Finding
     from parnet_bench.result import Result, RowDescription
     from parnet_bench.statistics import Interval
     from parnet_bench.summary import PercentileSummary
 
 _NONE = "-"
+_OF_NETWORKS = {"parameters", "FLOPs", "depth"}
 _NS_PER_US = 1000
 _FORMS = {
     "unfused": "the network as trained, one engine",
@@ -55,7 +61,9 @@ def render(result: Result) -> Group:
     ]
     tables = [_latencies(summaries), _networks(result, summaries)]
     if any(row.footprint for row in result.rows):
-        tables.append(_resources(result, summaries))
+        costs = costs_of(result, summaries)
+        tables.append(_resources(costs))
+        remarks += [Text(printable(remark)) for remark in remarks_on_costs(result, costs)]
     return Group(*tables, *remarks, *warnings)
 
 
@@ -87,7 +95,7 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
         f"every row, {', '.join(runtimes)}."
     )
     yield _procedure(result)
-    if any(percentile.percent > 50 for row in summaries for percentile in row.percentiles):
+    if any(p.percent > 50 and p.tail_ms for row in summaries for p in row.percentiles):
         yield (
             "Percentiles above the median are MLPerf's early-stopping estimate: with 99 % "
             "confidence, the true one is no larger."
@@ -172,30 +180,14 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
     return table
 
 
-def _resources(result: Result, summaries: Sequence[RowSummary]) -> Table:
+def _resources(costs: Sequence[RowCosts]) -> Table:
     """Return what rows take besides time, and how near they come to the cores' limits."""
-    table = _table("load ms", "memory", "weights", "J/inference", "FLOP/s", "of peak", "copy peak")
-    peaks = {peak.threads: peak for peak in result.peaks}
-    for row, summary in zip(result.rows, summaries, strict=True):
-        footprint, energy, description = row.footprint, row.energy, row.description
-        traffic = footprint.weights_bytes + footprint.activation_bytes if footprint else None
-        reached = achieved(
-            summary.median_ms,
-            description.flops * description.batch,
-            traffic,
-            peaks.get(len(description.cores)),
-        )
-        joules = energy.j_per_inference if energy else None
-        table.add_row(
-            printable(description.name),
-            _NONE if summary.load_ms is None else f"{summary.load_ms:,.0f}",
-            _bytes(footprint.peak_host_bytes if footprint else None),
-            _bytes(footprint.weights_bytes if footprint else None),
-            _NONE if joules is None else f"{joules:.3g}",
-            format_count(reached.flops_per_s),
-            _NONE if reached.flops_share is None else format_percent(reached.flops_share),
-            _NONE if reached.bytes_share is None else format_percent(reached.bytes_share),
-        )
+    rows = [cells_of(row) for row in costs]
+    # Parameters, FLOPs and depth stand in another table.
+    used = [index for index in used_columns(rows) if HEADINGS[index] not in _OF_NETWORKS]
+    table = _table(*(HEADINGS[index] for index in used[1:]))
+    for cells in rows:
+        table.add_row(*(printable(cells[index].text) for index in used))
     return table
 
 
@@ -214,10 +206,6 @@ def _table(*headings: str) -> Table:
 def _input(description: RowDescription) -> str:
     shapes = ", ".join(format_shape(tensor.shape) for tensor in description.inputs)
     return f"{shapes} {description.precision}" if description.precision else shapes
-
-
-def _bytes(size_bytes: int | None) -> str:
-    return _NONE if size_bytes is None else format_bytes(size_bytes)
 
 
 def _ms(value: float | None) -> str:

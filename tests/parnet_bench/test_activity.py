@@ -36,7 +36,7 @@ def test_a_reading_is_that_of_this_machine_and_counts_workers_that_have_ended():
         [sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True
     )
     after = read_activity()
-    assert after.own_s - before.own_s >= 0.3
+    assert after.own_s - before.own_s >= 0.25  # counters tick every 10 ms
     assert after.moment_s > before.moment_s
     elapsed_s = after.total_s - before.total_s
     assert elapsed_s <= 3 * (os.cpu_count() or 1) * (after.moment_s - before.moment_s) + 1
@@ -56,16 +56,18 @@ def test_overheated_cores_are_counted_where_linux_counts_them(tmp_path):
 class Nvml:
     """Just enough of pynvml: one board whose clock and reasons are given."""
 
-    NVML_CLOCK_SM = 1
-    nvmlClocksThrottleReasonSwPowerCap = 4
-    nvmlClocksThrottleReasonSwThermalSlowdown = 32
-    nvmlClocksThrottleReasonHwThermalSlowdown = 64
-    nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
     NVMLError = RuntimeError
     clock_mhz = 2000
     reasons = 0
 
     def __getattr__(self, name):
+        numbers = {
+            "NVML_CLOCK_SM": 1,
+            "nvmlClocksThrottleReasonSwPowerCap": 4,
+            "nvmlClocksThrottleReasonSwThermalSlowdown": 32,
+            "nvmlClocksThrottleReasonHwThermalSlowdown": 64,
+            "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": 128,
+        }
         answers = {
             "nvmlSystemGetDriverVersion": "600",
             "nvmlDeviceGetCount": 1,
@@ -77,7 +79,7 @@ class Nvml:
             "nvmlDeviceGetClockInfo": self.clock_mhz,
             "nvmlDeviceGetMaxClockInfo": 2000,
         }
-        return lambda *_: answers[name]
+        return numbers.get(name) or (lambda *_: answers[name])
 
 
 def test_a_watch_remembers_the_lowest_clock_and_all_reasons_until_asked():

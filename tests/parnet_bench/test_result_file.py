@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parnet_bench.activity import read_activity
+from parnet_bench.result import FailedRow, Pipelined, Recording, RowTimeline, SplitTimes
 from parnet_bench.result_file import SCHEMA_VERSION, as_dict, decode, read_result
 from parnet_bench.statistics import Interval
+from parnet_bench.summary import summarise
 from parnet_export.console import encode_json, write_json
 from parnet_export.errors import InputError
 
@@ -37,7 +41,7 @@ def test_each_row_carries_its_summary_its_label_and_its_raw_samples(make_result)
     assert document["schema_version"] == SCHEMA_VERSION
     assert document["partial"] is False
     first, second = document["rows"]
-    assert second["rounds_ns"] == SECOND
+    assert [process["rounds_ns"] for process in second["recording"]["processes"]] == [SECOND]
     assert second["label"] == "net (random weights)"
     summary = second["summary"]
     assert summary["median_ms"] == pytest.approx(1.025)
@@ -47,8 +51,10 @@ def test_each_row_carries_its_summary_its_label_and_its_raw_samples(make_result)
     assert (summary["parameters"], summary["flops"], summary["depth"]) == (1267146, 306632000, 12)
     # Four samples bound neither the median nor any percentile.
     assert summary["median_interval_ms"] is None
-    assert (summary["p90_ms"], summary["p90_samples_needed"]) == (None, 36)
-    assert (summary["p99_ms"], summary["p99_samples_needed"]) == (None, 368)
+    _, p90, p99 = summary["percentiles"]
+    assert (p90["value_ms"], p90["samples_needed"], p90["tail_samples_needed"]) == (None, 36, 64)
+    assert (p99["value_ms"], p99["samples_needed"], p99["tail_samples_needed"]) == (None, 368, 662)
+    assert [warning["kind"] for warning in document["warnings"]] == ["few-processes", "few-samples"]
 
 
 def test_with_enough_samples_percentiles_and_ratios_have_intervals(make_result):
@@ -57,12 +63,87 @@ def test_with_enough_samples_percentiles_and_ratios_have_intervals(make_result):
     result = make_result({"slow": (2 * fast).tolist(), "fast": fast.tolist()})
     summary = as_dict(result)["rows"][1]["summary"]
     samples_ms = fast.ravel() / 1e6
-    for percent, key in ((50, "median"), (90, "p90"), (99, "p99")):
-        assert summary[f"{key}_ms"] == pytest.approx(np.percentile(samples_ms, percent))
-        interval = msgspec.convert(summary[f"{key}_interval_ms"], Interval)
-        assert interval.contains(summary[f"{key}_ms"])
+    assert summary["median_ms"] == pytest.approx(np.median(samples_ms))
+    for percentile in summary["percentiles"]:
+        exact = np.percentile(samples_ms, percentile["percent"])
+        assert percentile["value_ms"] == pytest.approx(exact)
+        interval = msgspec.convert(percentile["interval_ms"], Interval)
+        assert interval.contains(percentile["value_ms"])
         assert {interval.low, interval.high} <= set(samples_ms)
+    _, p90, p99 = summary["percentiles"]
+    assert p90["tail_ms"] >= p90["value_ms"]
+    assert p99["tail_ms"] is None  # 400 samples are too few
     assert msgspec.convert(summary["speedup_interval"], Interval).contains(2.0)
+
+
+def test_every_row_is_compared_with_the_first_one_of_its_batch_size(make_result):
+    result = make_result({"a": FIRST, "b": SECOND, "c": FIRST})
+    batches = (1, 8, 8)
+    rows = tuple(
+        replace(row, description=replace(row.description, batch=batch))
+        for row, batch in zip(result.rows, batches, strict=True)
+    )
+    summaries = summarise(replace(result, rows=rows))
+    assert [summary.reference for summary in summaries] == ["a", "b", "b"]
+    assert [summary.speedup for summary in summaries] == pytest.approx([1, 1, 0.5])
+    assert summaries[1].samples_per_s == pytest.approx(8 / 1.025e-3)
+
+
+def test_throughput_in_flight_counts_samples_by_the_time_of_whole_rounds(make_result):
+    result = make_result({"a": FIRST * 3}, processes=3, batch=4)
+    row = result.rows[0]
+    # Three inferences of four samples each in 6, 5 and 10 ms.
+    processes = tuple(
+        replace(process, pipelined=Pipelined(2, ((4 * 10**6,) * 3,), (elapsed_ms * 10**6,)))
+        for process, elapsed_ms in zip(row.recording.processes, (6, 5, 10), strict=True)
+    )
+    row = replace(row, recording=Recording(processes))
+    (summary,) = summarise(replace(result, rows=(row,)))
+    assert summary.pipelined.samples_per_s == pytest.approx(12 / (300 ** (1 / 3) * 1e-3))
+    assert summary.pipelined.samples_per_s_interval.contains(summary.pipelined.samples_per_s)
+    assert (summary.pipelined.samples, summary.pipelined.median_ms) == (9, 4)
+
+
+def test_everything_that_can_be_recorded_survives_the_way_through_a_file(make_result):
+    result = make_result({"a": FIRST * 3, "b": SECOND * 3}, processes=3)
+    parts = ((1, 2), (3, 4))
+    process = replace(
+        result.rows[0].recording.processes[0],
+        pipelined=Pipelined(2, ((5, 6),), (7,)),
+        split=SplitTimes(parts, parts, parts, parts),
+        load_ms=12.5,
+    )
+    first = replace(
+        result.rows[0],
+        recording=Recording((process, *result.rows[0].recording.processes[1:])),
+        timeline=RowTimeline({"lanes": []}, {"spans": []}),
+    )
+    failed = FailedRow(result.rows[1].description, "load", 0, "it is gone.")
+    activity = read_activity()
+    full = replace(
+        result,
+        rows=(first, result.rows[1]),
+        failed=(failed,),
+        activities=(activity, activity),
+        overhead_ns=(1, 2, 3),
+    )
+    assert decode(encode_json(as_dict(full)).encode(), "result") == full
+
+
+def test_files_of_the_first_schema_are_read_as_one_process(root):
+    path = root / "tests" / "golden" / "latency-schema-1.json"
+    stored = json.loads(path.read_text())
+    result = read_result(path)
+    assert stored["schema_version"] == 1
+    assert len(result.orders) == 1
+    for row, old in zip(result.rows, stored["rows"], strict=True):
+        (process,) = row.recording.processes
+        assert process.rounds_ns == tuple(map(tuple, old["rounds_ns"]))
+        assert process.warm_up_ns == tuple(old["warm_up_ns"])
+        assert (process.pipelined, process.load_ms) == (None, None)
+        assert row.description.name == old["name"]
+    again = decode(encode_json(as_dict(result)).encode(), "result")
+    assert again == result
 
 
 def test_a_stored_summary_is_never_believed(make_result):
@@ -74,7 +155,7 @@ def test_a_stored_summary_is_never_believed(make_result):
 
 def test_a_newer_schema_asks_for_an_upgrade(make_result):
     document = as_dict(make_result({"a": FIRST})) | {"schema_version": SCHEMA_VERSION + 1}
-    with pytest.raises(InputError, match=r"schema version 2; .* Upgrade parnet-export"):
+    with pytest.raises(InputError, match=r"schema version 3; .* Upgrade parnet-export"):
         decode(encode_json(document).encode(), "future.json")
 
 
@@ -88,7 +169,8 @@ def test_a_newer_schema_asks_for_an_upgrade(make_result):
         ({"rows": None}, "rows"),
         ({"rows": [1]}, "rows"),
         ({"orders": []}, "no samples"),
-        ({"orders": [[0]] * 3}, "rounds of 'a' are missing"),
+        ({"orders": [[[0]] * 3]}, "rounds of 'a' are missing"),
+        ({"schema_version": [2]}, "schema version"),
         ({"environment": {}}, "environment"),
         ({"stopped": "tired"}, "stopped"),
     ],
@@ -120,3 +202,12 @@ def test_missing_empty_truncated_and_random_files_are_refused(make_result, tmp_p
         with pytest.raises(InputError, match=problem) as caught:
             read_result(path)
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("rounds", [[[0]], [[-5]], [[]], []])
+def test_rows_without_samples_or_with_impossible_ones_are_refused(make_result, rounds):
+    document = as_dict(make_result({"a": FIRST}))
+    document["rows"][0]["recording"]["processes"][0]["rounds_ns"] = rounds
+    document["orders"] = [[[0]] * len(rounds)]
+    with pytest.raises(InputError, match=r"no samples|missing|not positive"):
+        decode(encode_json(document).encode(), "some.json")

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from parnet_bench import graphs
-from parnet_bench.graphs import catalogue_name
-from parnet_bench.rows import Request, plan_rows
+from parnet_bench.graphs import Reading, catalogue_name
+from parnet_bench.rows import Request, plan_rows, with_default_targets
+from parnet_engines.devices import usable_cores
+from parnet_engines.program import decode
 from parnet_export.census import take_census
 from parnet_export.detection_form import AnchorLevel, DetectionOutput
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse_network
+from parnet_export.models.catalog import CATALOG
 from parnet_export.pipeline import make_bundle, read_graph
 from parnet_export.source import load_network
 
@@ -104,7 +108,7 @@ def test_separators_and_case_of_catalogue_names_do_not_matter(spelling):
 def test_baselines_come_last_fused_at_the_size_batch_and_precision_of_the_first_target(
     plan, tiny_catalogue, dynamic_bundle
 ):
-    rows, _, _ = plan(dynamic_bundle.path, batch=3, baselines=("ResNet Tiny",))
+    rows, _, _ = plan(dynamic_bundle.path, batches=(3,), baselines=("ResNet Tiny",))
     assert [row.description.name for row in rows] == [
         "dynamic whole",
         "dynamic streams",
@@ -118,11 +122,11 @@ def test_baselines_come_last_fused_at_the_size_batch_and_precision_of_the_first_
 def test_flops_are_those_of_one_sample_whether_the_batch_is_fixed_or_open(
     plan, tiny_catalogue, dynamic_bundle, forked_bundle
 ):
-    fixed, _, _ = plan("resnet-tiny", batch=4)
+    fixed, _, _ = plan("resnet-tiny", batches=(4,))
     assert {row.description.batch for row in fixed} == {4}
     flops = take_census(load_network("resnet-tiny").module, 32).flops
     assert {row.description.flops for row in fixed} == {flops}
-    opened, _, _ = plan(dynamic_bundle.path, batch=4)
+    opened, _, _ = plan(dynamic_bundle.path, batches=(4,))
     assert opened[0].description.flops == forked_bundle.manifest.whole_cost.flops
     assert opened[0].sizes == {"batch": 4}
 
@@ -159,7 +163,7 @@ def test_the_same_target_twice_gives_rows_of_different_names(plan, forked_bundle
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"batch": 2}, "takes 1, not 2, in dimension 0 of image.*Leave out --batch"),
+        ({"batches": (2,)}, "takes 1, not 2, in dimension 0 of image.*Leave out --batch"),
         ({"resolution": 64}, "takes 32, not 64, in dimension 2 of image.*Leave out --resolution"),
         ({"precision": "fp16"}, "is fp32.*split-streams --precision fp16"),
     ],
@@ -171,7 +175,7 @@ def test_what_a_bundle_fixes_cannot_be_asked_for_otherwise(plan, forked_bundle, 
 
 
 def test_asking_for_what_a_bundle_fixes_anyway_is_fine(plan, forked_bundle):
-    rows, _, _ = plan(forked_bundle.path, batch=1, resolution=32, precision="fp32")
+    rows, _, _ = plan(forked_bundle.path, batches=(1,), resolution=32, precision="fp32")
     assert len(rows) == 2
 
 
@@ -250,3 +254,69 @@ def test_ensembles_of_classifiers_are_no_detectors():
     found = graphs.detectors()
     assert "yolov4-csp" in found
     assert not {name for name in found if "stream" in name or "resnet" in name}
+
+
+def test_every_batch_size_has_rows_of_its_own_and_is_split_once(plan, dynamic_onnx):
+    rows, _, announced = plan(dynamic_onnx, batches=(1, 8))
+    assert [(row.description.name, row.description.batch) for row in rows] == [
+        ("dynamic whole batch 1", 1),
+        ("dynamic streams batch 1", 1),
+        ("dynamic whole batch 8", 8),
+        ("dynamic streams batch 8", 8),
+    ]
+    assert [list(row.sizes.values()) for row in rows] == [[1], [1], [8], [8]]
+    assert announced == [f"splitting {dynamic_onnx}"]
+
+
+def test_with_several_devices_streams_run_on_the_first_and_on_all(plan, forked_bundle):
+    if len(usable_cores()) < 2:
+        pytest.skip("two devices need two cores")
+    first, second = usable_cores()[:2]
+    devices = f"cpu:{first},cpu:{second}"
+    rows, _, _ = plan(forked_bundle.path, devices=devices)
+    assert [(row.description.name, row.description.devices) for row in rows] == [
+        ("forked whole", f"cpu:{first}"),
+        ("forked streams", f"cpu:{first}"),
+        ("forked streams on 2 devices", devices),
+    ]
+    assert [row.description.cores for row in rows] == [(first,), (first,), (first, second)]
+
+
+def test_a_plan_names_the_rows_that_it_places(plan, forked_bundle):
+    rows, _, _ = plan(forked_bundle.path, plan="whole")
+    assert [row.description.form for row in rows] == ["whole"]
+    rows, _, announced = plan(forked_bundle.path, plan="auto")
+    assert [row.description.name for row in rows] == ["forked whole", "forked streams (auto)"]
+    assert announced[-1] == "choosing a plan for forked streams (auto)"
+    program = decode(Path(rows[1].plan).read_bytes(), rows[1].plan)
+    assert program.steps
+
+
+def test_lanes_are_those_of_streams_alone(plan, forked_bundle):
+    rows, _, _ = plan(forked_bundle.path, lanes=1)
+    assert [row.description.lanes for row in rows] == [None, 1]
+
+
+def test_without_targets_the_papers_networks_are_measured():
+    request = with_default_targets(Request(baselines=("resnet18",)))
+    assert request.targets == ("parnet-l",)
+    assert request.baselines == ("resnet18", "resnet34", "resnet50")
+    request = with_default_targets(Request(task="detection"))
+    assert request.baselines == ("yolov4-csp",)
+    assert request.targets
+    for name in request.targets:
+        assert name.startswith("parnet")
+        assert CATALOG[name][0].output_names != ("logits",)
+
+
+def test_how_a_checkpoint_is_read_is_part_of_what_is_kept(plan, tiny_catalogue, tmp_path):
+    network = load_network("parnet-tiny")
+    weights = network.module.state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "trained.pth")
+    bundle = plan("parnet-tiny")[0][1].bundle
+    ckpt = str(tmp_path / "trained.pth")
+    plain, _, _ = plan(bundle.path, ckpt=ckpt)
+    averaged, _, _ = plan(bundle.path, ckpt=ckpt, reading=Reading(use_ema=True))
+    assert averaged[0].bundle.path != plain[0].bundle.path
+    with pytest.raises(InputError, match=r"not the resnet-tiny that --arch asks for"):
+        plan(bundle.path, ckpt=ckpt, reading=Reading(arch="resnet-tiny"))

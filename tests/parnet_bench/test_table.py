@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from parnet_bench.table import render
@@ -44,14 +45,14 @@ def test_tables_show_latencies_networks_and_what_a_reader_must_know(make_result,
 
 def test_an_interrupted_measurement_says_so_first(make_result):
     text = printed(make_result({"a": ramp(10**6)}, stopped="interrupted"))
-    assert "Partial: interrupted after 10 rounds in random order." in text
+    assert "Partial: interrupted after 10 rounds in 1 of 1 processes." in text
     assert "Partial" not in printed(make_result({"a": ramp(10**6)}))
 
 
 def test_a_row_that_had_not_settled_is_named(make_result):
     text = printed(make_result({"a": ramp(10**6)}, settled=False))
-    assert "a had not settled when its warm-up ended." in text
-    assert "settled" not in printed(make_result({"a": ramp(10**6)}))
+    assert "a had not become steady when its warm-up ended." in text
+    assert "steady" not in printed(make_result({"a": ramp(10**6)}))
 
 
 def test_a_machine_that_was_busy_is_mentioned(make_result):
@@ -68,11 +69,28 @@ def test_only_random_weights_are_called_random(make_result):
 
 
 def test_percentiles_that_are_there_need_no_advice(make_result):
-    text = printed(make_result({"a": ramp(10**6, rounds=10, runs=40)}))
+    text = printed(make_result({"a": ramp(10**6, rounds=10, runs=80)}))
     assert "--min-time" not in text
     text = printed(make_result({"a": ramp(10**6, rounds=8, runs=2)}))
-    assert "p90 takes 36 samples" in text
-    assert "p99 takes 368 samples" in text
+    assert "p90 takes 64 and p99 takes 662" in text
+
+
+def test_what_the_harness_adds_is_printed(make_result):
+    result = make_result({"a": ramp(10**6)})
+    text = printed(replace(result, overhead_ns=(8000, 9000, 10000)))
+    assert "Harness and session add 9.0 us to a latency." in text
+
+
+@pytest.mark.parametrize(
+    ("stopped", "said"),
+    [
+        ("target", "stopped when intervals were expected within 1.0%."),
+        ("time", "stopped when 120 s were up."),
+        ("rounds", "as many as were asked for."),
+    ],
+)
+def test_why_measuring_ended_is_said(make_result, stopped, said):
+    assert said in printed(make_result({"a": ramp(10**6)}, stopped=stopped))
 
 
 def test_names_of_others_cannot_steer_the_terminal(make_result):
