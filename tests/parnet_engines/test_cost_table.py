@@ -128,7 +128,6 @@ def test_a_table_with_impossible_entries_is_refused(tmp_path):
             load_costs(path)
 
 
-# Cost(parameters, macs, weight_bytes, activation_bytes, nodes, depth)
 HEAVY = Cost(0, 5 * 10**9, 3_000_000, 1_000_000, 4, 4)
 """1e10 FLOPs, 4 MB."""
 WIDE = Cost(0, 10**3, 3 * 10**9, 10**9, 2, 2)

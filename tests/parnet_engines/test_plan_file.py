@@ -159,7 +159,7 @@ def test_other_files_are_refused(tmp_path, content, problem):
 
 
 def test_a_file_that_is_not_there_is_named_with_the_plans_that_need_none(tmp_path):
-    with pytest.raises(InputError, match="cannot be read.*auto, whole, streams and authors"):
+    with pytest.raises(InputError, match=r"cannot be read.*auto, whole, streams and authors"):
         read_plan(tmp_path / "no.json", GRAPH)
 
 
