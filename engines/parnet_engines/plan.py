@@ -207,7 +207,11 @@ def _bound_ps(instance: Instance, objective: Objective) -> int:
 
 
 def plan_streams(
-    scenario: Scenario, lanes: Sequence[Lane], objective: Objective = "latency"
+    scenario: Scenario,
+    lanes: Sequence[Lane],
+    objective: Objective = "latency",
+    *,
+    may_leave_lanes: bool = True,
 ) -> Plan:
     """Plan the segments on some or all of the given lanes, the first being the origin.
 
@@ -226,13 +230,16 @@ def plan_streams(
     objective
         Whether latency or, with several inferences in flight, the interval between two
         of them is to be small.
+    may_leave_lanes
+        Whether it is tried to use fewer lanes. If not, costs are those of all lanes at
+        work, so that lanes are used even where they seem to slow each other down too much.
 
     Raises
     ------
     InputError
         When the cost table lacks a segment on a lane.
     """
-    layouts = _layouts(scenario, lanes)
+    layouts = _layouts(scenario, lanes) if may_leave_lanes else [Instance.of(scenario, lanes)]
     found = []
     for layout in layouts:
         steps, is_optimal = _search(scenario, layout, objective, EFFORT // len(layouts))
@@ -296,6 +303,8 @@ def rank_streams(
     lane_sets: Iterable[Sequence[Lane]],
     objective: Objective = "latency",
     most: int = 1,
+    *,
+    may_leave_lanes: bool = True,
 ) -> tuple[Plan, ...]:
     """Return the best different plans of segments on any of several sets of lanes.
 
@@ -303,6 +312,8 @@ def rank_streams(
     ----------
     scenario, lane_sets, objective, most
         As for `plan_candidates`.
+    may_leave_lanes
+        As for `plan_streams`.
 
     Raises
     ------
@@ -314,7 +325,7 @@ def rank_streams(
         ranked = sorted(plan.objective_ms for plan in found.values())
         if len(ranked) >= most and lower_bound_ms(scenario, lanes, objective) >= ranked[most - 1]:
             continue
-        plan = plan_streams(scenario, lanes, objective)
+        plan = plan_streams(scenario, lanes, objective, may_leave_lanes=may_leave_lanes)
         found.setdefault(plan.placement, plan)
     return tuple(sorted(found.values(), key=lambda plan: plan.objective_ms)[:most])
 
