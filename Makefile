@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
 
-.PHONY: demo test check format clean
+.PHONY: demo test gpu check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)
@@ -24,6 +24,18 @@ demo: $(READY)
 
 test: check
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+# On a machine with a GPU: the tests that need one, then what engines there take. PY is any
+# Python that has torch for CUDA, such as PY=python3; by default that of .venv, if it is there.
+OUT ?= build/gpu
+gpu: PY ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu:
+	mkdir -p $(OUT)
+	PYTHONPATH=.:engines:bench $(PY) -m pytest -m gpu
+	PYTHONPATH=.:engines:bench $(PY) -c "from parnet_bench.cli import main; main()" \
+		selftest --devices 0 --output $(OUT)/selftest.json
+	PYTHONPATH=.:engines:bench $(PY) -c "from parnet_bench.cli import main; main()" \
+		engines --devices 0 --output $(OUT)/engines.json
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -134,7 +134,12 @@ def split_streams(
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(help="Height and width of the images. Default: the network's.", metavar="PX"),
+        typer.Option(
+            min=1,
+            help="Height and width of the images. Default: the network's. Of an ONNX file, those "
+            "that it leaves free.",
+            metavar="PX",
+        ),
     ] = None,
     batch: Annotated[
         str | None,
@@ -201,7 +206,6 @@ def split_streams(
     if source.endswith(".onnx"):
         useless = {
             "--level": level,
-            "--resolution": resolution,
             "--batch": batch,
             "--arch": arch,
             "--activation": None if activation == "auto" else activation,
@@ -214,7 +218,7 @@ def split_streams(
                 problem = f"{source} is a graph already, and has its own"
                 raise InputError(option, problem, "Leave the option out")
         with console.working(f"reading {source}"):
-            model, provenance = pipeline.read_graph(Path(source))
+            model, provenance = pipeline.read_graph(Path(source), resolution=resolution)
     else:
         with console.working(f"loading {source}"):
             network = load_network(

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from parnet_export import files
 from parnet_export.bundle import Provenance
 from parnet_export.detector import (
@@ -24,8 +26,6 @@ from parnet_export.source import name_of_file, now, tool_versions
 from parnet_export.split import SplitOptions, split_model
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from parnet_export.bundle import Bundle, Precision
     from parnet_export.detection_form import Form, Suppression
     from parnet_export.fuse import FusionProof
@@ -106,15 +106,24 @@ def export_graph(
     return export_network(network, resolution=resolution, batch=images), network.provenance
 
 
-def read_graph(path: Path) -> tuple[ir.Model, Provenance]:
+def read_graph(path: Path, *, resolution: int | None = None) -> tuple[ir.Model, Provenance]:
     """Read an ONNX file as a source.
+
+    Parameters
+    ----------
+    path
+        The file.
+    resolution
+        Height and width in pixels that free ones of its images are fixed to.
 
     Raises
     ------
     InputError
-        When the file is missing or damaged.
+        When the file is missing or damaged, or a size is asked for that it does not leave free.
     """
     model = load_onnx(path)
+    if resolution is not None:
+        _fix_image_size(model, resolution, path)
     provenance = Provenance(
         network=name_of_file(path),
         source=str(path),
@@ -123,6 +132,20 @@ def read_graph(path: Path) -> tuple[ir.Model, Provenance]:
         created=now(),
     )
     return model, provenance
+
+
+def _fix_image_size(model: ir.Model, pixels: int, path: Path) -> None:
+    """Give the free heights and widths of a graph's images a size, in place."""
+    is_free = False
+    for value in model.graph.inputs:
+        shape = tuple(value.shape or ())
+        if len(shape) == 4 and not (isinstance(shape[2], int) and isinstance(shape[3], int)):
+            is_free = True
+            sides = (side if isinstance(side, int) else pixels for side in shape[2:])
+            value.shape = ir.Shape([*shape[:2], *sides])
+    if not is_free:
+        problem = f"{path} is a graph whose height and width are fixed"
+        raise InputError("--resolution", problem, "Leave the option out")
 
 
 def make_bundle(

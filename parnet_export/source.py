@@ -186,23 +186,27 @@ def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Net
         restored = family.restore(checkpoint.tensors, activation)
     except ValueError as error:
         raise InputError(path, str(error), "Give a complete state dict of the network") from error
-    _check_arch(path, family, restored.config, arch)
+    config = restored.config
+    if arch is not None:
+        wanted_family, entry = CATALOG[arch]
+        if wanted_family is family:
+            told = {field: getattr(entry.config, field) for field in family.untold}
+            config = replace(config, **told)
+    _check_arch(path, family, config, arch)
     provenance = Provenance(
         network=name_of_file(path),
         source=str(path),
         source_sha256=checkpoint.sha256,
         weights="trained",
         activation=restored.activation,
-        architecture=family.describe(restored.config),
+        architecture=family.describe(config),
         tools=tool_versions(),
         created=now(),
     )
-    module = family.build(restored.config, restored.level, checkpoint.tensors)
+    module = family.build(config, restored.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, path)
-    resolution = CATALOG[arch][1].resolution if arch else family.resolution(restored.config)
-    return _network(
-        module, family, restored.config, provenance, level=restored.level, resolution=resolution
-    )
+    resolution = CATALOG[arch][1].resolution if arch else family.resolution(config)
+    return _network(module, family, config, provenance, level=restored.level, resolution=resolution)
 
 
 def _from_header(

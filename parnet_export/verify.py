@@ -317,8 +317,8 @@ def _run(path: Path, outputs: list[str], samples: Sequence[Tensors]) -> list[Ten
             shapes = ", ".join(f"{name} {list(sample[name].shape)}" for name in inputs)
             raise CheckFailedError(
                 f"{path.name}: ONNX Runtime cannot run this graph on {shapes} ({error}). If the "
-                "graph has free dimensions that do not take every size, fix them in the source, "
-                "or skip the proof with --no-verify."
+                "graph has free dimensions that do not take every size, fix height and width with "
+                "--resolution and others in the source, or skip the proof with --no-verify."
             ) from error
         results.append(dict(zip(outputs, values, strict=True)))
     return results

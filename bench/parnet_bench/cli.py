@@ -13,6 +13,7 @@ import typer
 from parnet_bench import (
     compare_command,
     costs_command,
+    engines_command,
     env_command,
     lanes_command,
     latency_command,
@@ -21,6 +22,7 @@ from parnet_bench import (
     plan_command,
     repeatability_command,
     report_command,
+    selftest_command,
     timeline_command,
 )
 from parnet_export import console
@@ -44,6 +46,8 @@ for command in (
     lanes_command,
     loadgen_command,
     env_command,
+    engines_command,
+    selftest_command,
 ):
     command.register(app)
 

@@ -103,14 +103,18 @@ def catalogue_name(name: str) -> str:
     return found
 
 
+_OF_CLASSIFIERS = (("logits",), ("probabilities",))
+"""Outputs of a classifier, and of an ensemble of them."""
+
+
 def detectors(family: str | None = None) -> tuple[str, ...]:
-    """Return the catalogue's detectors, of one family or all: what gives no logits."""
+    """Return the catalogue's detectors, of one family or all: what classifies nothing."""
     from parnet_export.models.catalog import CATALOG
 
     return tuple(
         name
         for name, (owner, _) in CATALOG.items()
-        if owner.output_names != ("logits",) and family in {None, owner.key}
+        if owner.output_names not in _OF_CLASSIFIERS and family in {None, owner.key}
     )
 
 

@@ -321,7 +321,7 @@ TABLES: Mapping[int, PublishedTable] = {
                 _variant("ResNet12-Wide", 39.0e6, 73.52, "resnet12-wide"),
                 _variant("ResNet14-Wide-BN", 39.0e6, 72.06, "resnet14-wide-bn"),
                 _variant("ResNet12-Wide-SSE", 39.0e6, 73.91, "resnet12-wide-sse"),
-                _variant("ParNet-M-OneStream", 36.0e6, 75.83, "parnet-m-1-stream"),
+                _variant("ParNet-M-OneStream", 36.0e6, 75.83, "parnet-m-one-stream"),
                 _variant("ParNet-M", 35.9e6, 76.60, "parnet-m"),
             ),
             caveats=(
@@ -339,17 +339,21 @@ TABLES: Mapping[int, PublishedTable] = {
             "ParNet-M",
             (
                 _variant("ParNet-M", 35.9e6, 76.60, "parnet-m"),
-                _variant("ParNet-M-OneStream", 36e6, 75.83, "parnet-m-1-stream"),
+                _variant("ParNet-M-OneStream", 36e6, 75.83, "parnet-m-one-stream"),
                 _variant("ParNet-L", 55e6, 77.66, "parnet-l"),
                 _variant(
-                    "Ensemble of 2 OneStream-M", 72e6, 77.20, "parnet-m-ensemble-2", note=_ENSEMBLES
+                    "Ensemble of 2 OneStream-M",
+                    72e6,
+                    77.20,
+                    "parnet-m-one-stream-x2",
+                    note=_ENSEMBLES,
                 ),
                 _variant("ParNet-XL", 85.3e6, 78.55, "parnet-xl"),
                 _variant(
                     "Ensemble of 3 OneStream-M",
                     108e6,
                     77.68,
-                    "parnet-m-ensemble-3",
+                    "parnet-m-one-stream-x3",
                     note=_ENSEMBLES,
                 ),
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -122,7 +123,9 @@ class RowProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                # A request that found nobody to read it is still buffered.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
     def _ask(self, request: Job | Request) -> Reply:
         requests, replies = _pipes(self._process)

@@ -199,10 +199,16 @@ def _streams(asked: _Question, open_program: OpenProgram) -> Iterator[Trial]:
     costs = load_bundle_costs(bundle)
     for lanes in measured:
         costs = _measured_costs(bundle, costs, lanes, open_program)
+    # What a single lane can do the whole graph does; so lanes stay, and rounds will tell.
+    plans = rank_streams(
+        Scenario(graph, costs, MEMORY),
+        measured,
+        asked.objective,
+        _MOST_STREAMS,
+        may_leave_lanes=False,
+    )
     names = set()
-    for plan in rank_streams(
-        Scenario(graph, costs, MEMORY), measured, asked.objective, _MOST_STREAMS
-    ):
+    for plan in plans:
         lanes = plan.placement.lanes
         name = f"streams, {'+'.join(str(lane_threads(lane)) for lane in lanes)} threads"
         if len(lanes) > 1 and name not in names:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from parnet_engines.base_session import BaseSession
-from parnet_engines.cuda_devices import open_driver, parse_gpus
+from parnet_engines.cuda_devices import open_driver, ordinal_of, parse_gpus
 from parnet_engines.cuda_engines import load_engines, require_cuda_engine
 from parnet_engines.cuda_host import CudaHost
 from parnet_engines.cuda_memory import resolve_shapes
@@ -74,7 +74,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         self._use_graphs = use_graphs
         self._execution: Execution | None = None
         self._engine_name = engine
-        self._home = next(iter(engines.values())).device
+        self._home = ordinal_of(program.program.origin.device)
 
     @classmethod
     def open_on_gpus(
@@ -159,6 +159,11 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     def engine(self) -> str:
         """The runtime of the engines."""
         return self._engine_name
+
+    @property
+    def device(self) -> int:
+        """Ordinal of the GPU where an inference starts and ends."""
+        return self._home
 
     @property
     def execution(self) -> Execution:

@@ -110,12 +110,14 @@ def sidecar_name(name: str, options: EngineOptions) -> str:
     return f"{_file_stem(name)}-{resolved.boundary}-aux{streams}.json"
 
 
-def build_command(bundle: Path, backend: Backend, device: int, options: EngineOptions) -> str:
-    """Return the command line that builds engines for a device of this machine."""
+def build_command(
+    bundle: Path, name: str, backend: Backend, device: int, options: EngineOptions
+) -> str:
+    """Return the command line that builds an engine, among others, for a GPU of this machine."""
     words = [f"parnet-export build {bundle} --backend {backend} --devices {device}"]
-    defaults = EngineOptions()
+    defaults, resolved = (resolve_options(o, name) for o in (EngineOptions(), options))
     for option, flag in _OPTION_NAMES.items():
-        value = getattr(options, option)
+        value = getattr(resolved, option)
         if value == getattr(defaults, option):
             continue
         match value:

@@ -65,7 +65,7 @@ def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: Eng
         if not reason:
             return path
         reasons.append((path, f"the engine was {sidecar.built_for}, and {reason}"))
-    command = build_command(bundle.path, backend, gpu.ordinal, options)
+    command = build_command(bundle.path, name, backend, gpu.ordinal, options)
     if reasons:
         raise InputError(*reasons[0], f"Build it again: {command}")
     problem = f"holds no {LABELS[backend]} engine of {name!r} for {describe_gpu(gpu)}"

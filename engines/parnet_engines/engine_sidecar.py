@@ -6,6 +6,7 @@ An engine itself does not tell what it was built from, for which GPU, or by whic
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -117,7 +118,8 @@ class Verification:
     gpu
         Where it ran.
     error
-        Largest difference relative to the largest value of the reference.
+        Largest difference relative to the largest value of the reference; None if a result
+        was not finite, for which JSON has no number.
     limit
         Largest error that counts as equal.
     samples
@@ -127,15 +129,19 @@ class Verification:
     """
 
     gpu: str
-    error: float
+    error: float | None
     limit: float
     samples: int
     when: str
 
+    def __post_init__(self) -> None:
+        if self.error is not None and not math.isfinite(self.error):
+            object.__setattr__(self, "error", None)
+
     @property
     def passed(self) -> bool:
-        """Whether the engine computes what it should; NaN is never within a limit."""
-        return self.error <= self.limit
+        """Whether the engine computes what it should."""
+        return self.error is not None and self.error <= self.limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,15 +88,21 @@ def with_fewer_hand_overs(scenario: Scenario, placement: Placement) -> Placement
         or not 1 < len(names) == len(set(names)) <= _MOST_SEGMENTS
     ):
         return placement
-    limit_ms = predict(scenario, placement).latency_ms
     best, best_ms = placement, latency_with_hand_overs_ms(scenario, placement)
-    for start in (placement, *_exchanged(placement)):
-        if predict(scenario, start).latency_ms > limit_ms:
-            continue
-        found, found_ms = _descend(scenario, start, limit_ms)
-        if found_ms < best_ms:
-            best, best_ms = found, found_ms
-    return best
+    while True:
+        found, found_ms = _improved(scenario, best)
+        if found_ms >= best_ms:
+            return best
+        best, best_ms = found, found_ms
+
+
+def _improved(scenario: Scenario, placement: Placement) -> tuple[Placement, float]:
+    """Return the best that moves lead to from a placement, or from one with lanes exchanged."""
+    limit_ms = predict(scenario, placement).latency_ms
+    starts = (placement, *_exchanged(placement))
+    fair = [start for start in starts if predict(scenario, start).latency_ms <= limit_ms]
+    found = [_descend(scenario, start, limit_ms) for start in fair]
+    return min(found, key=lambda entry: entry[1])
 
 
 def _descend(scenario: Scenario, placement: Placement, limit_ms: float) -> tuple[Placement, float]:

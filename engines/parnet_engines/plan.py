@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from parnet_engines.cost_table import device_kind, lane_threads
 from parnet_engines.evaluate import Objective, Prediction, predict
+from parnet_engines.hand_over import with_fewer_hand_overs
 from parnet_engines.layouts import place_authors, place_whole, streams_of, whole_scenario
 from parnet_engines.placement import Assignment, Placement
 from parnet_engines.plan_exact import search_exactly
@@ -31,6 +32,18 @@ _EXACT_SHARE = 5
 
 MAX_NODES = 100_000
 """Partial placements after which a proof is given up, so that planning takes seconds."""
+
+_MEDIUM_SEGMENTS = 32
+"""Graphs of up to so many segments are worth more effort: there, less is within 5 % of the best.
+
+For throughput they are searched by branch and bound as well.
+"""
+
+_MEDIUM_EFFORT = 3
+"""How many times as much effort that is."""
+
+_BOUNDED_NODES = 20_000
+"""After so many partial placements of such a graph, the best one so far is taken."""
 
 _MOST_SEARCHED = 6
 """Of many sets of lanes only so many are searched, those that list scheduling does best on."""
@@ -194,7 +207,11 @@ def _bound_ps(instance: Instance, objective: Objective) -> int:
 
 
 def plan_streams(
-    scenario: Scenario, lanes: Sequence[Lane], objective: Objective = "latency"
+    scenario: Scenario,
+    lanes: Sequence[Lane],
+    objective: Objective = "latency",
+    *,
+    may_leave_lanes: bool = True,
 ) -> Plan:
     """Plan the segments on some or all of the given lanes, the first being the origin.
 
@@ -213,17 +230,22 @@ def plan_streams(
     objective
         Whether latency or, with several inferences in flight, the interval between two
         of them is to be small.
+    may_leave_lanes
+        Whether it is tried to use fewer lanes. If not, costs are those of all lanes at
+        work, so that lanes are used even where they seem to slow each other down too much.
 
     Raises
     ------
     InputError
         When the cost table lacks a segment on a lane.
     """
-    layouts = _layouts(scenario, lanes)
+    layouts = _layouts(scenario, lanes) if may_leave_lanes else [Instance.of(scenario, lanes)]
     found = []
     for layout in layouts:
         steps, is_optimal = _search(scenario, layout, objective, EFFORT // len(layouts))
         placement = _placement(layout, steps)
+        if objective == "latency":
+            placement = with_fewer_hand_overs(scenario, placement)
         bound_ms = _bound_ps(layout, objective) / PS_PER_MS
         prediction = predict(scenario, placement)
         found.append(Plan("streams", placement, prediction, objective, bound_ms, is_optimal))
@@ -281,6 +303,8 @@ def rank_streams(
     lane_sets: Iterable[Sequence[Lane]],
     objective: Objective = "latency",
     most: int = 1,
+    *,
+    may_leave_lanes: bool = True,
 ) -> tuple[Plan, ...]:
     """Return the best different plans of segments on any of several sets of lanes.
 
@@ -288,6 +312,8 @@ def rank_streams(
     ----------
     scenario, lane_sets, objective, most
         As for `plan_candidates`.
+    may_leave_lanes
+        As for `plan_streams`.
 
     Raises
     ------
@@ -299,7 +325,7 @@ def rank_streams(
         ranked = sorted(plan.objective_ms for plan in found.values())
         if len(ranked) >= most and lower_bound_ms(scenario, lanes, objective) >= ranked[most - 1]:
             continue
-        plan = plan_streams(scenario, lanes, objective)
+        plan = plan_streams(scenario, lanes, objective, may_leave_lanes=may_leave_lanes)
         found.setdefault(plan.placement, plan)
     return tuple(sorted(found.values(), key=lambda plan: plan.objective_ms)[:most])
 
@@ -350,10 +376,15 @@ def _search(
     authors = instance.steps(place_authors(scenario.graph, instance.lanes))
     starts = (alone, authors, list_schedule(instance))
     start = min(starts, key=lambda steps: score(instance, steps, objective))
-    if len(alone) > EXACT_SEGMENTS:
-        return anneal(instance, objective, start, effort), False
-    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE)
-    found = search_exactly(instance, objective, incumbent, MAX_NODES)
+    is_small = len(alone) <= EXACT_SEGMENTS
+    is_medium = not is_small and len(alone) <= _MEDIUM_SEGMENTS
+    if is_medium:
+        effort *= _MEDIUM_EFFORT
+    incumbent = anneal(instance, objective, start, effort // _EXACT_SHARE if is_small else effort)
+    if not is_small and (objective == "latency" or not is_medium):
+        return incumbent, False
+    most = MAX_NODES if is_small else _BOUNDED_NODES
+    found = search_exactly(instance, objective, incumbent, most)
     if objective == "latency":
         return found.steps, found.is_optimal
     # Of the placements with this interval, one of low latency is wanted.

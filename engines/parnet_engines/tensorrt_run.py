@@ -205,7 +205,7 @@ class TensorRtEngine:
     def _remedy(self) -> str:
         recipe = self._sidecar.recipe
         command = build_command(
-            self._path.parents[2], recipe.target.backend, self._device, recipe.options
+            self._path.parents[2], self.name, recipe.target.backend, self._device, recipe.options
         )
         return f"Build it again: {command}"
 

@@ -103,6 +103,9 @@ class Family:
         Names of the tensors that a module of the family returns, in order.
     anchor_levels
         Strides and anchors of a detector's outputs; none for other networks.
+    untold
+        Fields of the configuration that tensors do not tell: `restore` assumes them, and
+        a catalogue name that a checkpoint is said to be decides.
     """
 
     key: str
@@ -119,3 +122,4 @@ class Family:
     entries: tuple[Entry, ...]
     output_names: tuple[str, ...] = ("logits",)
     anchor_levels: tuple[AnchorLevel, ...] = ()
+    untold: tuple[str, ...] = ()

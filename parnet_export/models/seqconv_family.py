@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from parnet_export.models.family import Entry, Family, Restored
@@ -115,6 +116,19 @@ def _imagenet(
     )
 
 
+_NEXT = _imagenet("-24", "grouped", (1, 1, 3, 1), 256, (8, 8, 4, 4))
+_NEXT_AS_PRINTED = replace(
+    _NEXT,
+    name="seqresnext-24-text",
+    title="SeqResNeXt-24 (as the text has it)",
+    config=replace(_NEXT.config, aliased=False),
+    origin="reconstruction",
+    source="arXiv 1811.10798, section 3 and table 4",
+    choices="a transition reads the stage's output, as the text says; the authors' code overwrites "
+    "it with the extension, so weights trained with that code need seqresnext-24",
+)
+
+
 FAMILY = Family(
     key="seqconv",
     title="SeqConv",
@@ -134,6 +148,8 @@ FAMILY = Family(
         _cifar("bottleneck", 32, 12, 3),
         _imagenet("22", "bottleneck", (1, 1, 2, 1), 128, (1, 1, 1, 1)),
         _imagenet("42", "bottleneck", (3, 4, 5, 3), 128, (1, 1, 1, 1)),
-        _imagenet("-24", "grouped", (1, 1, 3, 1), 256, (8, 8, 4, 4)),
+        _NEXT,
+        _NEXT_AS_PRINTED,
     ),
+    untold=("aliased",),
 )

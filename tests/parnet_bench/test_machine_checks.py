@@ -56,7 +56,7 @@ class Nvml:
         pass
 
     NVML_CLOCK_SM = 1
-    # ruff: noqa: N815 -- NVML's names
+
     nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonSwThermalSlowdown = 32
     nvmlClocksThrottleReasonHwThermalSlowdown = 64

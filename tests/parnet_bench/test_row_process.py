@@ -105,7 +105,9 @@ def test_a_row_that_cannot_be_loaded_says_why(job, tmp_path):
 
 def test_a_process_that_is_killed_is_reported_by_row_and_signal(job):
     with RowProcess("my row", job) as row:
-        process_of(row).kill()
+        killed = process_of(row)
+        killed.kill()
+        wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE)
         with pytest.raises(RowFailedError, match="my row: its process was ended by SIGKILL"):
             row.take_turn(TurnRequest(1))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parnet_bench import graphs
 from parnet_bench.graphs import Reading, catalogue_name
 from parnet_bench.request import Request, with_default_targets
 from parnet_bench.rows import plan_rows
@@ -248,6 +249,12 @@ def test_raw_heads_of_a_checkpoint_are_not_compared_with_boxes(plan, forked_onnx
     bundle, _ = make_bundle(model, replace(provenance, detections=output), tmp_path / "boxes")
     with pytest.raises(InputError, match="--detections raw"):
         plan(bundle.path, ckpt="yolov4-csp")
+
+
+def test_ensembles_of_classifiers_are_no_detectors():
+    found = graphs.detectors()
+    assert "yolov4-csp" in found
+    assert not {name for name in found if "stream" in name or "resnet" in name}
 
 
 def test_every_batch_size_has_rows_of_its_own_and_is_split_once(plan, dynamic_onnx):

@@ -13,12 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from parnet_engines import auto_plan, cost_measure, engine_cores
 from parnet_engines.auto_plan import decide
-from parnet_engines.bundle_costs import load_bundle_costs
+from parnet_engines.bundle_costs import add_bundle_costs, load_bundle_costs
 from parnet_engines.clock import FakeClock
-from parnet_engines.cost_table import WHOLE
+from parnet_engines.cost_table import WHOLE, SegmentCost
 from parnet_engines.decision import DECISIONS_NAME, Decision, Trial
 from parnet_engines.devices import Device, parse_devices
 from parnet_engines.layouts import place_whole
+from parnet_engines.machine import describe_machine
 from parnet_engines.placement import Assignment, Lane, Placement
 from parnet_engines.plan_option import choose
 from parnet_engines.program import Run
@@ -277,6 +278,23 @@ def test_uneven_divisions_of_the_cores_are_measured_too(bundle):
         "streams, 3+1 threads": 6.0,
     }
     assert decision.chosen.name == "streams, 3+1 threads"
+
+
+def test_lanes_are_measured_even_if_costs_speak_for_a_single_one(bundle):
+    # Measured at a bad moment, say: in company everything seems to take ten times as long.
+    names = [segment.name for segment in bundle.stream_graph.segments]
+    add_bundle_costs(
+        bundle,
+        [
+            SegmentCost(name, "cpu", threads, busy, 10.0**busy, "measured", describe_machine())
+            for name in names
+            for threads in (1, 2, 3)
+            for busy in (1, 2)
+        ],
+    )
+    decision = FakeMachine(WHOLE_MS, {2: 6.4}).decide(bundle)
+    assert decision.chosen.name == "streams, 2+1 threads"
+    assert len({run.lane for run in decision.chosen.placement.assignments}) == 2
 
 
 def test_what_was_predicted_is_shown_beside_what_was_measured(bundle):

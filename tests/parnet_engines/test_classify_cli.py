@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from parnet_export import cli, console
 from parnet_export.models.catalog import CATALOG
@@ -21,13 +21,8 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 @pytest.fixture(scope="module")
-def digits(root):
-    """The digits example's images, from its own module: grey 8x8 pictures and labels."""
-    sys.path.insert(0, str(root / "examples" / "digits"))
-    try:
-        from sklearn.datasets import load_digits
-    finally:
-        sys.path.pop(0)
+def digits():
+    """Grey 8x8 pictures, of values up to 16, and what they show."""
     return load_digits()
 
 

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from parnet_engines.check import checked, find_faults
 from parnet_engines.clock import FakeClock
+from parnet_engines.cuda_devices import ordinal_of
 from parnet_engines.cuda_driver import CudaError
 from parnet_engines.cuda_host import CudaHost
 from parnet_engines.cuda_memory import array_at, resolve_shapes
@@ -81,7 +84,10 @@ class LinearEngine(NullEngine):
 
 @functools.cache
 def make_program(layout: str) -> Any:
-    devices, assignments = LAYOUTS[layout]
+    return place(*LAYOUTS[layout])
+
+
+def place(devices: str, assignments: str) -> Any:
     lanes = tuple(Lane(f"lane{i}", device) for i, device in enumerate(devices.split()))
     pairs = (entry.split(":") for entry in assignments.split())
     placement = Placement(lanes, tuple(Assignment(name, f"lane{lane}") for name, lane in pairs))
@@ -91,12 +97,17 @@ def make_program(layout: str) -> Any:
 def make_host(
     driver: RecordingDriver, layout: str, engine_type: type = HostedEngine, **options: Any
 ) -> CudaHost:
-    program = make_program(layout)
+    return host_of(make_program(layout), driver, engine_type, **options)
+
+
+def host_of(
+    program: Any, driver: RecordingDriver, engine_type: type = HostedEngine, **options: Any
+) -> CudaHost:
     engines = {
         (step.segment, step.lane): engine_type(
             LinearEngine(STREAMS[step.segment]),
             driver,
-            int(program.program.lanes_by_name[step.lane].device[5]),
+            ordinal_of(program.program.lanes_by_name[step.lane].device),
         )
         for step in program.program.steps
         if isinstance(step, Run)
@@ -369,6 +380,38 @@ def test_recorded_calls_are_a_program_without_faults(layout, use_graphs, driver_
     assert kinds[0] == kinds[1]
 
 
+@st.composite
+def placements(draw):
+    """Devices of lanes, and segments on lanes: any of them, streams in any order."""
+    devices = draw(
+        st.lists(st.sampled_from(["cuda:0", "cuda:1", "cuda:2"]), min_size=1, max_size=4)
+    )
+    streams = draw(st.permutations(["stream1", "stream2", "stream3"]))
+    position = draw(st.integers(0, 3))
+    order = ["stem", *streams, "head"]
+    order.insert(max(order.index("stream1"), order.index("stream2"), position) + 1, "fusion")
+    lanes = [draw(st.integers(0, len(devices) - 1)) for _ in order]
+    text = " ".join(f"{name}:{lane}" for name, lane in zip(order, lanes, strict=True))
+    return " ".join(devices), text
+
+
+@settings(deadline=None, max_examples=40)
+@given(placements(), st.sampled_from(list(DRIVERS)))
+def test_any_placement_computes_the_same_and_its_calls_are_a_program(placement, driver_options):
+    program = place(*placement)
+    driver = RecordingDriver(3, **DRIVERS[driver_options])
+    host = host_of(program, driver)
+    before = len(driver.calls)
+    (image,) = images(1)
+    np.testing.assert_array_equal(run_host(host, image), expected_logits(image))
+    if host.execution.copies != "pinned host":  # the reader knows no buffers in the host
+        found = Reader(driver, host, program.program).program(driver.calls[before:])
+        assert find_faults(found, STREAMS) == ()
+        assert sorted(work_of(found)) == sorted(work_of(program.program))
+    host.close()
+    assert driver.open_resources == {}
+
+
 def test_the_reader_notices_a_missing_wait():
     driver = RecordingDriver(3)
     host = make_host(driver, "three devices", use_graphs=False)
@@ -479,7 +522,7 @@ def test_an_engine_that_fails_is_named_and_everything_released():
 # The caller's own memory and streams.
 
 
-def place(driver: RecordingDriver, array: np.ndarray, device: int = 0, offset: int = 0) -> int:
+def put(driver: RecordingDriver, array: np.ndarray, device: int = 0, offset: int = 0) -> int:
     address = driver.allocate(device, array.nbytes + offset) + offset
     fetch(address, array.shape)[...] = array
     return address
@@ -501,10 +544,10 @@ def transfers(driver: RecordingDriver, before: int) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", ["one lane", "three lanes", "three times one device"])
-def test_tensors_on_the_gpu_are_used_in_place(caller, layout):
+def test_tensors_on_the_gpu_are_used_in_put(caller, layout):
     host = make_host(caller, layout)
     first, second = images(2)
-    source, target = place(caller, first), place(caller, np.zeros_like(first))
+    source, target = put(caller, first), put(caller, np.zeros_like(first))
     host.run(inputs=[source], outputs=[target])  # captures for these addresses
     before = len(caller.calls)
     fetch(source, first.shape)[...] = second
@@ -518,7 +561,7 @@ def test_tensors_on_the_gpu_are_used_in_place(caller, layout):
 def test_many_addresses_are_copied_instead_of_captured(caller):
     host = make_host(caller, "three lanes")
     for image in images(8):
-        source, target = place(caller, image), place(caller, np.zeros_like(image))
+        source, target = put(caller, image), put(caller, np.zeros_like(image))
         before = len(caller.calls)
         host.run(inputs=[source], outputs=[target])
         np.testing.assert_array_equal(fetch(target, image.shape), expected_logits(image))
@@ -529,7 +572,7 @@ def test_many_addresses_are_copied_instead_of_captured(caller):
 def test_an_unaligned_address_is_copied(caller):
     host = make_host(caller, "one lane")
     (image,) = images(1)
-    address = place(caller, np.append(np.zeros(1, np.float32), image)) + 4
+    address = put(caller, np.append(np.zeros(1, np.float32), image)) + 4
     caller._memory[address] = caller._memory[address - 4]
     host.run(inputs=[address])
     np.testing.assert_array_equal(host.outputs[0], expected_logits(image))
@@ -539,7 +582,7 @@ def test_a_foreign_stream_is_ordered_before_and_after(caller):
     host = make_host(caller, "three lanes")
     foreign = caller.create_stream(0, 0)
     (image,) = images(1)
-    source, target = place(caller, image), place(caller, image)
+    source, target = put(caller, image), put(caller, image)
     host.run(inputs=[source], outputs=[target], stream=foreign)
     before = len(caller.calls)
     host.run(inputs=[source], outputs=[target], stream=foreign)

@@ -262,7 +262,7 @@ def test_lanes_of_one_core_are_pinned_and_wider_ones_are_not(parnet):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "torch"}, r"engine 'torch': is unknown\. Use onnxruntime or openvino\."),
+        ({"engine": "tvm"}, r"engine 'tvm': is unknown\. Use one of onnxruntime, openvino"),
         ({"engine": "openvino", "plan": "auto"}, r"plan 'auto': measures with onnxruntime, not"),
     ],
 )

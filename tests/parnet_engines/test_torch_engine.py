@@ -32,6 +32,9 @@ LARGE_NETWORKS = [
     ("seqresnet-k8r4", "none", 32),
     ("seqresnet-b-k16r7", "full", 32),
     ("yolov4-csp", "full", 64),
+    ("parnet-m-one-stream-x2", "full", 32),
+    ("parnet-xl-csp-det", "full", 64),
+    ("parnet-xl-det", "full", 64),
 ]
 
 

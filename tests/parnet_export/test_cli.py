@@ -165,7 +165,6 @@ def test_an_onnx_file_is_a_source_too(cli, made_bundle, tmp_path):
     "option",
     [
         ("--batch", 2),
-        ("--resolution", 64),
         ("--level", "full"),
         ("--activation", "relu"),
         ("--use-ema",),

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from parnet_export.bundle import Provenance, open_bundle
+from parnet_export.errors import InputError
 from parnet_export.export import export_onnx
 from parnet_export.fuse import fuse
 from parnet_export.models.parnet import ParNetConfig
-from parnet_export.pipeline import beside, export_graph, make_bundle
+from parnet_export.pipeline import beside, export_graph, make_bundle, read_graph
 from parnet_export.source import load_network
 
 SEGMENTS = ("stem1", "stem2", "stream1", "stream2", "stream3", "fusion", "head")
@@ -165,3 +166,43 @@ def test_results_go_beside_their_source(tmp_path, monkeypatch):
     weights.touch()
     assert beside(str(weights), ".bundle") == weights.parent / "parnet_l.bundle"
     assert str(beside("parnet-l", ".bundle")) == "parnet-l.bundle"
+
+
+def _graph_of_free_size(path):
+    """Two convolutions of stride 2, side by side, added: heights and widths are free."""
+    rng = np.random.default_rng(0)
+    shape = ["N", 3, "H", "W"]
+    nodes = [
+        onnx.helper.make_node("Conv", ["image", f"w{i}"], [f"y{i}"], strides=[2, 2], pads=[1] * 4)
+        for i in range(2)
+    ]
+    nodes += [onnx.helper.make_node("Add", ["y0", "y1"], ["sum"])]
+    weights = [
+        onnx.numpy_helper.from_array(rng.standard_normal((4, 3, 3, 3), np.float32), f"w{i}")
+        for i in range(2)
+    ]
+    inputs = [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, shape)]
+    outputs = [
+        onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, ["N", 4, "h", "w"])
+    ]
+    graph = onnx.helper.make_graph(nodes, "free", inputs, outputs, weights)
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def test_a_resolution_fixes_what_an_onnx_file_leaves_free(tmp_path):
+    path = tmp_path / "free.onnx"
+    _graph_of_free_size(path)
+    model, provenance = read_graph(path, resolution=48)
+    bundle, _ = make_bundle(model, provenance, tmp_path / "free.bundle")
+    assert [tensor.shape for tensor in bundle.manifest.inputs] == [("N", 3, 48, 48)]
+    assert [tensor.shape for tensor in bundle.manifest.outputs] == [("N", 4, 24, 24)]
+    # The work is that of 48 pixels, where a free size would count as one.
+    assert bundle.manifest.whole_cost.macs == 2 * 24 * 24 * 4 * 27
+    image = np.random.default_rng(1).standard_normal((2, 3, 48, 48), np.float32)
+    (fixed,) = run(bundle.whole_path, {"image": image})
+    (free,) = run(path, {"image": image})
+    assert difference(fixed, free) <= 1e-6
+    onnx.save(onnx.load(bundle.whole_path), tmp_path / "fixed.onnx")
+    with pytest.raises(InputError, match="whose height and width are fixed"):
+        read_graph(tmp_path / "fixed.onnx", resolution=48)

@@ -294,6 +294,23 @@ def test_a_training_checkpoint_of_the_authors_script_loads(tmp_path):
     assert torch.equal(network.module(images), net(images))
 
 
+def test_a_name_says_whether_groups_are_aliased_which_tensors_do_not(tmp_path, monkeypatch):
+    for name, kind in (("seqresnext-24", "aliased"), ("seqresnext-24-text", "grouped")):
+        family, entry = CATALOG[name]
+        assert entry.config.aliased == (kind == "aliased")
+        monkeypatch.setitem(CATALOG, name, (family, replace(entry, config=SMALL[kind])))
+    path = tmp_path / "model_best.pth.tar"
+    net = _random_network(SMALL["aliased"], torch.float32)
+    torch.save({"state_dict": net.state_dict()}, path)
+    images = torch.randn(1, 3, 32, 32)
+    official = load_network(path, arch="seqresnext-24")
+    printed = load_network(path, arch="seqresnext-24-text")
+    assert torch.equal(official.module(images), net(images))
+    assert (official.config, printed.config) == (SMALL["aliased"], SMALL["grouped"])
+    assert "aliased" not in printed.provenance.architecture
+    assert _difference(printed.module(images), net(images)) > 1e-2
+
+
 def test_a_bare_state_dict_of_any_number_of_classes_is_the_network_it_is_said_to_be(tmp_path):
     config = replace(CATALOG["seqresnet-k8r4"][1].config, num_classes=100)
     path = tmp_path / "model.dat"

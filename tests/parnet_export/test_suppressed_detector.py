@@ -74,7 +74,7 @@ def run(model, images):
         Suppression(),
         Suppression(0.1, 0.3, 20),
         Suppression(0.001, 0.65, 3),
-        Suppression(0, 0.15, 200),
+        Suppression(0, 0, 200),
     ],
     ids=str,
 )
@@ -95,7 +95,9 @@ def test_the_graph_finds_what_the_definition_finds(suppression, decode_by_loops,
         count = counts[image]
         assert count == len(reference)
         assert classes[image, :count].tolist() == [label for _, _, label, _ in reference]
-        assert np.allclose(scores[image, :count], [-s for s, *_ in reference], rtol=1e-5)
+        # A float32 sigmoid near zero is off by 1e-8, which is much relative to such a score.
+        found = scores[image, :count]
+        assert np.allclose(found, [-s for s, *_ in reference], rtol=1e-5, atol=1e-6)
         expected = np.array([box for *_, box in reference]).reshape(-1, 4)
         assert np.allclose(corners[image, :count], expected, rtol=1e-5, atol=1e-3)
         assert not corners[image, count:].any()
