@@ -12,7 +12,8 @@ from parnet_bench import graphs
 from parnet_bench.graphs import Geometry
 from parnet_bench.request import STREAMS, Request, with_default_targets
 from parnet_bench.result import RowDescription
-from parnet_engines.devices import parse_devices, usable_cores
+from parnet_bench.row_devices import cores_of, first_device
+from parnet_engines.cuda_devices import names_gpus
 from parnet_export import files
 from parnet_export.bundle import open_bundle
 from parnet_export.errors import InputError
@@ -87,7 +88,6 @@ def plan_rows(
     """
     if not request.targets:
         request = with_default_targets(request)
-    parse_devices(request.devices, threads=request.threads)
     baselines = [graphs.catalogue_name(name) for name in request.baselines]
     for target in request.targets:
         graphs.require_known(target)  # before minutes are spent on exporting another one
@@ -187,7 +187,7 @@ class _Planner:
         devices = self._request.devices
         rows += [
             self._row(target, bundle, "streams", precision, devices=text)
-            for text in dict.fromkeys((_first_device(devices), devices))
+            for text in dict.fromkeys((first_device(devices), devices))
         ]
         return rows
 
@@ -205,12 +205,8 @@ class _Planner:
         sizes = _sizes(target, manifest.inputs, self.batch, request.resolution)
         inputs = tuple(replace(t, shape=t.resolve(sizes)) for t in manifest.inputs)
         fixed_batch = _leading_size(manifest.inputs)
-        devices = devices or _first_device(request.devices)
+        devices = devices or first_device(request.devices)
         count = len(devices.split(","))
-        threads = request.threads
-        if count == 1 and threads is not None:
-            # One device of several has no more cores than its own.
-            threads = min(threads, len(parse_devices(devices)[0].cores)) or None
         plan, lanes = ("whole", None) if form != "streams" else (request.plan, request.lanes)
         description = RowDescription(
             name=" ".join(
@@ -233,12 +229,14 @@ class _Planner:
             flops=manifest.whole_cost.flops // (fixed_batch or 1),
             depth=manifest.whole_cost.depth,
             devices=devices,
-            cores=_cores(devices, threads),
+            cores=cores_of(devices, request.threads),
             plan=plan,
             lanes=lanes,
         )
         row = PlannedRow(description, bundle, sizes, plan)
-        return replace(row, plan=self._program_file(row)) if plan == "auto" else row
+        if plan != "auto" or names_gpus(devices):
+            return row
+        return replace(row, plan=self._program_file(row))
 
     def _program_file(self, row: PlannedRow) -> str:
         """Choose a plan by measuring, once for all processes, and return where it lies."""
@@ -259,17 +257,6 @@ class _Planner:
         path = self._workspace / f"{len(list(self._workspace.iterdir()))}.program.json"
         files.write_bytes(path, encode(choice.program.program))
         return str(path)
-
-
-def _first_device(devices: str) -> str:
-    return devices.split(",", 1)[0].strip()
-
-
-def _cores(devices: str, threads: int | None) -> tuple[int, ...]:
-    """Return the logical cores of some devices; all that there are where they are GPUs."""
-    found = parse_devices(devices, threads=threads)
-    cores = tuple(sorted(core for device in found for core in device.cores))
-    return cores or usable_cores()[:threads]
 
 
 def _geometry(row: PlannedRow, precision: Precision) -> Geometry:
