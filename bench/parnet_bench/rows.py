@@ -88,6 +88,7 @@ def plan_rows(
     """
     if not request.targets:
         request = with_default_targets(request)
+    cores_of(request.devices, request.threads)  # refuses devices that there are not
     baselines = [graphs.catalogue_name(name) for name in request.baselines]
     for target in request.targets:
         graphs.require_known(target)  # before minutes are spent on exporting another one
