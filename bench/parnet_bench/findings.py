@@ -326,7 +326,7 @@ def _enqueue_bound(_: Row, summary: RowSummary, __: Result) -> Iterator[Finding]
             summary.name,
             f"{summary.name}: transfers take {transfers_ms:.3g} ms, computing "
             f"{split.compute_ms:.3g} ms.",
-            "Leave transfers out with --no-data-transfers, if inputs lie on the device already.",
+            "Use larger batches with --batch, or keep inputs on the device.",
         )
 
 

@@ -10,17 +10,19 @@ from parnet_bench.activity import Activity, GpuWatch, read_activity
 from parnet_bench.energy import EnergyTally, find_meter
 from parnet_bench.footprint import Footprint, graph_sizes, peak_host_bytes
 from parnet_bench.job import Job
-from parnet_bench.measure import Measurement, NextTurn, measure
+from parnet_bench.measure import measure
 from parnet_bench.nvml import open_nvml
 from parnet_bench.result import FailedRow, Recording, Result, Row, RowTimeline
+from parnet_bench.row_devices import gpu_ordinals
 from parnet_bench.row_process import RowFailedError, RowProcess
 from parnet_bench.turn import TurnRequest
 from parnet_engines.clock import MonotonicClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from parnet_bench.environment import Environment
+    from parnet_bench.measurement import Measurement, NextTurn
     from parnet_bench.peaks import Peaks
     from parnet_bench.procedure import Procedure
     from parnet_bench.rows import PlannedRow
@@ -202,12 +204,6 @@ class _WatchedRow(RowProcess):
             turn = super().take_turn(request)
         self._watch.look()
         return turn
-
-
-def gpu_ordinals(devices: Iterable[str]) -> tuple[int, ...]:
-    """Return the CUDA ordinals among devices, as ``--devices`` names them: ``"0,1"``."""
-    names = {name.strip() for text in devices for name in text.split(",")}
-    return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
 def _reason(error: ParnetError) -> str:

@@ -16,8 +16,8 @@ from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from parnet_bench.procedure import Procedure
+    from parnet_bench.request import Request
     from parnet_bench.result import Result
-    from parnet_bench.rows import Request
 
 PLAN_NAMES = ("streams", "auto", "authors", "whole")
 
@@ -38,8 +38,8 @@ def latency(
     devices: Annotated[
         str,
         typer.Option(
-            help="Where to run: cpu, or cores such as cpu:0,cpu:1. Streams run on the first one "
-            "and on all of them."
+            help="Where to run: cpu, cores such as cpu:0,cpu:1, or GPUs such as 0,1,2. Streams run "
+            "on the first one and on all of them."
         ),
     ] = "cpu",
     task: Annotated[
@@ -114,7 +114,7 @@ def latency(
     ] = "1%",
     max_time: Annotated[
         float, typer.Option(help="Stop when this time is up, loading included.", metavar="S")
-    ] = 120.0,
+    ] = 110.0,
     min_time: Annotated[
         float,
         typer.Option(help="Do not stop before each row has been measured this long.", metavar="S"),
@@ -176,11 +176,12 @@ def latency(
     """
     from parnet_bench.graphs import Reading
     from parnet_bench.procedure import Procedure
+    from parnet_bench.request import Request
     from parnet_bench.result_file import as_dict
-    from parnet_bench.rows import Request
+    from parnet_bench.row_devices import check_devices
     from parnet_bench.table import render
 
-    _check_devices(devices, threads=threads, data_transfers=data_transfers)
+    check_devices(devices, threads=threads, data_transfers=data_transfers, l2_flush=l2_flush)
     if not 0 < max_time < math.inf:
         raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
     if not 0 <= min_time < math.inf:
@@ -280,19 +281,6 @@ def parse_percentiles(text: str) -> tuple[float, ...]:
     return found
 
 
-def _check_devices(devices: str, *, threads: int | None, data_transfers: bool) -> None:
-    """Refuse what the devices cannot do before anything is exported."""
-    from parnet_engines.devices import parse_devices
-
-    found = parse_devices(devices, threads=threads)
-    cores = sum(len(device.cores) for device in found)
-    if threads is not None and cores and threads > cores:
-        raise InputError("--threads", f"this process may use {cores} cores", "Use fewer")
-    if not data_transfers and all(device.name.startswith("cpu") for device in found):
-        problem = "rows on the CPU read the caller's memory, so there are no transfers"
-        raise InputError("--no-data-transfers", problem, "Leave it out")
-
-
 def _write_files(
     result: Result, *, csv: Path | None, html: Path | None, trace: Path | None
 ) -> None:
@@ -316,13 +304,17 @@ def _measure(request: Request, procedure: Procedure) -> Result:
     from parnet_bench.peaks import measure_peaks
     from parnet_bench.progress import showing_progress
     from parnet_bench.rows import plan_rows
+    from parnet_engines.cuda_devices import names_gpus
 
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
         rows, notes = plan_rows(request, Path(workspace), console.working)
         with console.working("measuring what the cores can do at most"):
             peaks = tuple(
-                measure_peaks(cores) for cores in dict.fromkeys(r.description.cores for r in rows)
+                measure_peaks(cores)
+                for cores in dict.fromkeys(
+                    row.description.cores for row in rows if not names_gpus(row.description.devices)
+                )
             )
         with showing_progress() as observe:
             return measure_rows(

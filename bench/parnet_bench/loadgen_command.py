@@ -98,7 +98,8 @@ def loadgen(
     """
     from parnet_bench.environment import read_environment
     from parnet_bench.loadgen import Load, import_loadgen
-    from parnet_bench.rows import Request, plan_rows
+    from parnet_bench.request import Request
+    from parnet_bench.rows import plan_rows
     from parnet_engines.devices import parse_devices
     from parnet_export import console, files
     from parnet_export.errors import InputError

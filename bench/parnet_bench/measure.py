@@ -21,16 +21,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parnet_bench.measurement import Measurement, NextTurn, RowFailure
 from parnet_bench.precision import Precision
-from parnet_bench.result import Pipelined, ProcessRecording, SplitTimes, Stage
-from parnet_bench.statistics import median
+from parnet_bench.result import Pipelined, ProcessRecording, SplitTimes
 from parnet_bench.turn import Turn, TurnRequest, Worker
+from parnet_bench.warm_up import WarmUp, warm_up
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from parnet_bench.procedure import Procedure, Settling, StopReason
+    from parnet_bench.procedure import Procedure, StopReason
+    from parnet_bench.result import Stage
     from parnet_engines.clock import Clock
 
     Launch = Callable[[str, int], Worker]
@@ -40,94 +42,6 @@ _NS_PER_S = 1_000_000_000
 _WARM_UP_SHARE = 0.4
 _PIPELINED_SHARE = 0.2
 _ROUNDS_AIM = 10
-
-
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """The runs of a row before it was measured.
-
-    Parameters
-    ----------
-    latencies_ns
-        Every run from the first.
-    settled
-        Whether the latency had become steady when the time for it was up.
-    """
-
-    latencies_ns: tuple[int, ...]
-    settled: bool
-
-    @property
-    def latency_ns(self) -> float:
-        """The latency at the end of the warm-up."""
-        return median(self.latencies_ns[len(self.latencies_ns) // 2 :])
-
-
-@dataclass(frozen=True, slots=True)
-class RowFailure:
-    """Why a row has no recording."""
-
-    name: str
-    stage: Stage
-    process: int
-    error: ParnetError
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Everything that was recorded.
-
-    Parameters
-    ----------
-    recordings
-        For each row that was measured to the end, what its processes recorded.
-    orders
-        For each process and round, the names of those rows in the order of their turns.
-    failures
-        The other rows.
-    stopped
-        Why the measurement ended.
-    """
-
-    recordings: dict[str, tuple[ProcessRecording, ...]]
-    orders: tuple[tuple[tuple[str, ...], ...], ...]
-    failures: tuple[RowFailure, ...]
-    stopped: StopReason
-
-
-@dataclass(frozen=True, slots=True)
-class NextTurn:
-    """How far a measurement is.
-
-    Parameters
-    ----------
-    row
-        The row whose turn begins.
-    phase
-        What is being done.
-    process
-        Which process, from 1.
-    round_number
-        From 1; 0 before the first round.
-    fraction
-        Estimated share of the measurement that is done.
-    left_s
-        Most seconds that it may still take; None where the number of rounds decides.
-    median_ns
-        The row's median in this process so far; None before its first turn.
-    half_width
-        How far the row's widest interval is expected to reach to either side, relative
-        to its value; None where too little is known.
-    """
-
-    row: str
-    phase: str
-    process: int
-    round_number: int
-    fraction: float
-    left_s: float | None = None
-    median_ns: float | None = None
-    half_width: float | None = None
 
 
 def measure(
@@ -450,37 +364,6 @@ class _Campaign:
         )
 
 
-def warm_up(worker: Worker, procedure: Procedure, share_s: float = math.inf) -> WarmUp:
-    """Run one row until its latency is steady or the time for that is up.
-
-    Parameters
-    ----------
-    worker
-        The row.
-    procedure
-        Says when a row counts as warm.
-    share_s
-        The row's part of the time that there is. Two windows are run whatever they take.
-    """
-    settling = procedure.settling
-    max_s = min(settling.max_s, share_s)
-
-    def run(runs: int) -> tuple[int, ...]:
-        return worker.take_turn(TurnRequest(runs, l2_flush=procedure.l2_flush)).latencies_ns
-
-    recorded = [*run(1)]  # the first run allocates and compiles; it fits in no window
-    previous: Sequence[int] = ()
-    latency_ns: float = recorded[0]
-    while True:
-        window = run(settling.runs_per_window(latency_ns, max_s))
-        recorded.extend(window)
-        settled = _agree(previous, window, settling)
-        if settled or (previous and sum(recorded) >= max_s * _NS_PER_S):
-            return WarmUp(tuple(recorded), settled)
-        previous = window
-        latency_ns = median(window)
-
-
 def _recording(generation: _Generation, name: str, procedure: Procedure) -> ProcessRecording:
     turns = [turns[name] for turns in generation.rounds]
     warmed = generation.warm_ups[name]
@@ -510,25 +393,3 @@ def _split(turns: Sequence[Turn]) -> SplitTimes | None:
             for name in SplitTimes.__slots__
         )
     )
-
-
-def _agree(before: Sequence[int], after: Sequence[int], settling: Settling) -> bool:
-    """Whether two windows are the same but for noise."""
-    if not before:
-        return False
-    centers = median(before), median(after)
-    variance = _median_variance(before) + _median_variance(after)
-    difference = abs(centers[1] - centers[0])
-    return difference <= settling.tolerance * centers[0] + 2 * math.sqrt(variance)
-
-
-def _median_variance(window: Sequence[int]) -> float:
-    """Return the squared standard error of a window's median: pi/2 of the mean's.
-
-    Noise is told from the differences between neighbours, which a trend hardly touches:
-    a latency that still falls must not pass for a noisy one.
-    """
-    if len(window) < 2:
-        return 0.0
-    deviation = median(np.abs(np.diff(window))) / (0.6745 * math.sqrt(2))
-    return math.pi / 2 * deviation**2 / len(window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from parnet_bench.rows import Request, plan_rows
+from parnet_bench.rows import plan_rows
 from parnet_bench.statistics import Estimate, Interval
 from parnet_bench.summary import RowSummary, summarise
 from parnet_export.models.catalog import CATALOG
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from parnet_bench.published import Figures, Form, PublishedTable
+    from parnet_bench.request import Request
     from parnet_bench.result import Result
     from parnet_bench.rows import PlannedRow, Working
 

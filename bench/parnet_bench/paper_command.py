@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from parnet_bench.paper import PaperPlan
     from parnet_bench.procedure import Procedure
     from parnet_bench.published import PublishedTable
+    from parnet_bench.request import Request
     from parnet_bench.result import Result
-    from parnet_bench.rows import Request
 
 KIND = "parnet-bench paper"
 SCHEMA_VERSION = 1
@@ -91,8 +91,8 @@ def paper(
     from parnet_bench.paper import compare_with_paper
     from parnet_bench.procedure import Procedure
     from parnet_bench.published import TABLES
+    from parnet_bench.request import Request
     from parnet_bench.result_file import as_dict
-    from parnet_bench.rows import Request
 
     if not max_time > 0:
         raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")

@@ -101,7 +101,7 @@ class Procedure:
 
     processes: int = 5
     target_ci: float = 0.01
-    max_time_s: float = 120.0
+    max_time_s: float = 110.0
     min_time_s: float = 0.0
     rounds: int | None = None
     min_rounds: int = 3

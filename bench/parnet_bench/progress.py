@@ -11,7 +11,7 @@ from parnet_export import console
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from parnet_bench.measure import NextTurn
+    from parnet_bench.measurement import NextTurn
 
 _NS_PER_MS = 1_000_000
 

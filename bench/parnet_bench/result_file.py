@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 KIND = "parnet-bench latency"
 SCHEMA_VERSION = 2
 
+_FIRST_SCHEMA_PROCEDURE = {"processes": 1, "in_flight": 1, "max_time_s": 120.0}
+"""What files of schema 1 do not tell; later defaults must not change what is said of them."""
+
 _MEASURE_AGAIN = "Measure again with `parnet-bench latency --output`"
 
 
@@ -117,7 +120,7 @@ def _from_first_schema(document: dict[str, Any]) -> dict[str, Any]:
         ]
     procedure, orders = document.get("procedure"), document.get("orders")
     if isinstance(procedure, dict):
-        nested["procedure"] = {**procedure, "processes": 1, "in_flight": 1}
+        nested["procedure"] = {**procedure, **_FIRST_SCHEMA_PROCEDURE}
     if isinstance(orders, list):
         nested["orders"] = [orders]
     return nested

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from parnet_bench import graphs
-from parnet_bench.graphs import AS_IT_IS, Geometry, Reading
+from parnet_bench.graphs import Geometry
+from parnet_bench.request import STREAMS, Request, with_default_targets
 from parnet_bench.result import RowDescription
-from parnet_engines.devices import parse_devices, usable_cores
+from parnet_bench.row_devices import cores_of, first_device
+from parnet_engines.cuda_devices import names_gpus
 from parnet_export import files
 from parnet_export.bundle import open_bundle
 from parnet_export.errors import InputError
@@ -29,62 +31,6 @@ if TYPE_CHECKING:
     from parnet_export.stream_graph import TensorSpec
 
     Working = Callable[[str], AbstractContextManager[None]]
-
-Task = Literal["classification", "detection"]
-"""What networks are measured where no target is named."""
-
-STREAMS = "streams"
-"""The plan of a row of segments, unless another one is asked for."""
-
-_BESIDE_CLASSIFIERS = ("resnet34", "resnet50")
-_BESIDE_DETECTORS = ("yolov4-csp",)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to measure.
-
-    Parameters
-    ----------
-    targets
-        Bundles, ONNX files and catalogue names; where there are none, those of the task.
-    ckpt
-        Checkpoint or catalogue name of the first target's network, in training form.
-    reading
-        How the checkpoint is read.
-    baselines
-        Catalogue names to measure beside the targets.
-    batches, resolution, precision
-        What targets leave open; by default 1, the network's own resolution, and float32.
-        Where a target fixes them, nothing else can be asked for. Every batch size has rows
-        of its own.
-    devices
-        Where to run. With several, segments run on the first one alone and on all of them.
-    threads
-        CPU threads of every row, in all; by default one for each core of the devices.
-    lanes
-        How many segments may run at the same time; by default as many as can.
-    plan
-        How segments are placed: a name of a plan, or the path of a program.
-    seed
-        Seed of random weights.
-    task
-        What is measured where no target is named.
-    """
-
-    targets: tuple[str, ...] = ()
-    ckpt: str | None = None
-    reading: Reading = AS_IT_IS
-    baselines: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    resolution: int | None = None
-    precision: Precision | None = None
-    devices: str = "cpu"
-    threads: int | None = None
-    lanes: int | None = None
-    plan: str = STREAMS
-    seed: int = 0
-    task: Task = "classification"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +88,7 @@ def plan_rows(
     """
     if not request.targets:
         request = with_default_targets(request)
-    parse_devices(request.devices, threads=request.threads)
+    cores_of(request.devices, request.threads)  # refuses devices that there are not
     baselines = [graphs.catalogue_name(name) for name in request.baselines]
     for target in request.targets:
         graphs.require_known(target)  # before minutes are spent on exporting another one
@@ -157,22 +103,6 @@ def plan_rows(
         rows += own
         rows += [planner.baseline_row(name, geometry) for name in baselines]
     return _with_unique_names(rows), tuple(dict.fromkeys(planner.notes))
-
-
-def with_default_targets(request: Request) -> Request:
-    """Return a request with the networks of its task: the paper's and what it compares with.
-
-    ParNet-L beside ResNet-34 and ResNet-50 (Goyal et al., arXiv 2110.07641, table 1), and
-    the detectors with a ParNet backbone beside YOLOv4-CSP (table 6).
-    """
-    if request.task == "classification":
-        return replace(
-            request, targets=("parnet-l",), baselines=(*request.baselines, *_BESIDE_CLASSIFIERS)
-        )
-    ours = tuple(name for name in graphs.detectors() if name.startswith("parnet"))
-    if not ours:
-        return replace(request, targets=_BESIDE_DETECTORS)
-    return replace(request, targets=ours, baselines=(*request.baselines, *_BESIDE_DETECTORS))
 
 
 class _Planner:
@@ -258,7 +188,7 @@ class _Planner:
         devices = self._request.devices
         rows += [
             self._row(target, bundle, "streams", precision, devices=text)
-            for text in dict.fromkeys((_first_device(devices), devices))
+            for text in dict.fromkeys((first_device(devices), devices))
         ]
         return rows
 
@@ -276,12 +206,8 @@ class _Planner:
         sizes = _sizes(target, manifest.inputs, self.batch, request.resolution)
         inputs = tuple(replace(t, shape=t.resolve(sizes)) for t in manifest.inputs)
         fixed_batch = _leading_size(manifest.inputs)
-        devices = devices or _first_device(request.devices)
+        devices = devices or first_device(request.devices)
         count = len(devices.split(","))
-        threads = request.threads
-        if count == 1 and threads is not None:
-            # One device of several has no more cores than its own.
-            threads = min(threads, len(parse_devices(devices)[0].cores)) or None
         plan, lanes = ("whole", None) if form != "streams" else (request.plan, request.lanes)
         description = RowDescription(
             name=" ".join(
@@ -304,12 +230,14 @@ class _Planner:
             flops=manifest.whole_cost.flops // (fixed_batch or 1),
             depth=manifest.whole_cost.depth,
             devices=devices,
-            cores=_cores(devices, threads),
+            cores=cores_of(devices, request.threads),
             plan=plan,
             lanes=lanes,
         )
         row = PlannedRow(description, bundle, sizes, plan)
-        return replace(row, plan=self._program_file(row)) if plan == "auto" else row
+        if plan != "auto" or names_gpus(devices):
+            return row
+        return replace(row, plan=self._program_file(row))
 
     def _program_file(self, row: PlannedRow) -> str:
         """Choose a plan by measuring, once for all processes, and return where it lies."""
@@ -330,17 +258,6 @@ class _Planner:
         path = self._workspace / f"{len(list(self._workspace.iterdir()))}.program.json"
         files.write_bytes(path, encode(choice.program.program))
         return str(path)
-
-
-def _first_device(devices: str) -> str:
-    return devices.split(",", 1)[0].strip()
-
-
-def _cores(devices: str, threads: int | None) -> tuple[int, ...]:
-    """Return the logical cores of some devices; all that there are where they are GPUs."""
-    found = parse_devices(devices, threads=threads)
-    cores = tuple(sorted(core for device in found for core in device.cores))
-    return cores or usable_cores()[:threads]
 
 
 def _geometry(row: PlannedRow, precision: Precision) -> Geometry:

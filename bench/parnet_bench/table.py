@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from parnet_bench.summary import PercentileSummary
 
 _NONE = "-"
-_OF_NETWORKS = {"parameters", "FLOPs", "depth"}
+_ELSEWHERE = {"parameters", "FLOPs", "depth", "weights", "graphs"}
+_NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 _NS_PER_US = 1000
 _FORMS = {
     "unfused": "the network as trained, one engine",
@@ -183,11 +184,14 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
 def _resources(costs: Sequence[RowCosts]) -> Table:
     """Return what rows take besides time, and how near they come to the cores' limits."""
     rows = [cells_of(row) for row in costs]
-    # Parameters, FLOPs and depth stand in another table.
-    used = [index for index in used_columns(rows) if HEADINGS[index] not in _OF_NETWORKS]
+    # What a network has stands in another table, and sizes of files in other formats.
+    used = [index for index in used_columns(rows) if HEADINGS[index] not in _ELSEWHERE]
     table = _table(*(HEADINGS[index] for index in used[1:]))
+    for column in table.columns[1:]:
+        column.no_wrap = False  # headings may take two lines, figures may not
     for cells in rows:
-        table.add_row(*(printable(cells[index].text) for index in used))
+        name, *figures = (printable(cells[index].text) for index in used)
+        table.add_row(name, *(figure.replace(" ", _NO_BREAK_SPACE) for figure in figures))
     return table
 
 

@@ -169,7 +169,7 @@ def test_a_failed_row_is_named_with_its_reason(quiet):
 def test_too_wide_intervals_ask_for_time_or_for_processes(quiet):
     noisy = quiet(draw(noise=0.2), stopped="time")
     (finding,) = (finding for finding in find(noisy) if finding.kind == "imprecise")
-    assert "--max-time 240" in finding.remedy
+    assert "--max-time 220" in finding.remedy
     differing = PROVOKED["processes-differ"](quiet)
     (finding,) = (finding for finding in find(differing) if finding.kind == "imprecise")
     assert "--processes 10" in finding.remedy
@@ -179,7 +179,7 @@ def test_missing_tails_say_how_many_samples_and_how_much_time_they_take(quiet):
     (finding,) = find(PROVOKED["few-samples"](quiet))
     assert "p99 takes 662, and all rows have 120." in finding.sentence
     # 1.1 times 662 runs of 10 ms each; 662 of 120 samples take 5.5 times as long, and a fifth.
-    assert finding.remedy == "Use --min-time 8 --max-time 795."
+    assert finding.remedy == "Use --min-time 8 --max-time 729."
 
 
 @pytest.mark.parametrize(
@@ -218,5 +218,5 @@ def test_rows_of_which_the_same_holds_share_a_line(quiet):
     (line,) = warning_lines(find(replace(result, rows=tuple(rows))))
     assert line == (
         "a had not become steady when its warm-up ended. The same goes for b. "
-        "Give it more time: --max-time 240."
+        "Give it more time: --max-time 220."
     )

@@ -15,7 +15,7 @@ import typer
 from parnet_bench import latency
 from parnet_bench.cli import app
 from parnet_bench.latency_command import FAILED_EXIT_CODE
-from parnet_bench.measure import NextTurn
+from parnet_bench.measurement import NextTurn
 from parnet_bench.progress import describe
 from parnet_bench.result import RowTimeline
 from parnet_bench.result_file import read_result
@@ -138,7 +138,7 @@ def test_threads_are_the_cores_of_every_row(run, forked_bundle):
     ("arguments", "message"),
     [
         (("resnet51",), "Did you mean resnet"),
-        (("resnet50", "--devices", "cuda:7"), "cuda:7"),
+        (("resnet50", "--devices", "cuda:7"), "devices"),
         (("resnet50", "--no-data-transfers"), "there are no transfers"),
         (("resnet50", "--max-time", "0"), "is not a time"),
         (("resnet50", "--target-ci", "1 percent"), "is no share"),

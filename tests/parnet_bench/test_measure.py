@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parnet_bench.measure import measure, warm_up
+from parnet_bench.measure import measure
 from parnet_bench.procedure import Procedure, Settling
 from parnet_bench.turn import PartTimes, Turn, TurnRequest
+from parnet_bench.warm_up import warm_up
 from parnet_engines.clock import FakeClock
 from parnet_export.errors import ParnetError
 

@@ -13,8 +13,8 @@ from parnet_bench.latency import measure_rows
 from parnet_bench.paper import compare_with_paper, plan_paper
 from parnet_bench.procedure import Procedure
 from parnet_bench.published import TABLES, Figures, PublishedRow, PublishedTable
+from parnet_bench.request import Request
 from parnet_bench.result import FailedRow
-from parnet_bench.rows import Request
 from parnet_bench.summary import summarise
 from parnet_export import console
 

@@ -203,9 +203,7 @@ class PlainLoop:
 
 
 @pytest.mark.slow
-def test_a_whole_graph_takes_as_long_as_in_a_plain_loop_of_onnx_runtime(
-    job, dynamic_bundle, record_property
-):
+def test_a_whole_graph_takes_as_long_as_in_a_plain_loop_of_onnx_runtime(job, dynamic_bundle):
     (batch,) = (size for size in dynamic_bundle.manifest.inputs[0].shape if isinstance(size, str))
     job = replace(job, bundle=str(dynamic_bundle.path), sizes={batch: 16}, cores=job.cores[:1])
     inputs = next(make_samples(dynamic_bundle.manifest.inputs, sizes=job.sizes)).inputs
@@ -222,4 +220,3 @@ def test_a_whole_graph_takes_as_long_as_in_a_plain_loop_of_onnx_runtime(
         *([process.rounds_ns for process in recordings[name]] for name in ("ours", "plain"))
     )
     assert ratio.value == pytest.approx(1, abs=0.02), ratio
-    record_property("ratio", f"{ratio.value:.4f} ({ratio.interval})")

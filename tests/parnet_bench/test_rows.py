@@ -9,7 +9,8 @@ import torch
 
 from parnet_bench import graphs
 from parnet_bench.graphs import Reading, catalogue_name
-from parnet_bench.rows import Request, plan_rows, with_default_targets
+from parnet_bench.request import Request, with_default_targets
+from parnet_bench.rows import plan_rows
 from parnet_engines.devices import usable_cores
 from parnet_engines.program import decode
 from parnet_export.census import take_census

@@ -85,7 +85,7 @@ def test_what_the_harness_adds_is_printed(make_result):
     ("stopped", "said"),
     [
         ("target", "stopped when intervals were expected within 1.0%."),
-        ("time", "stopped when 120 s were up."),
+        ("time", "stopped when 110 s were up."),
         ("rounds", "as many as were asked for."),
     ],
 )

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from parnet_bench import row_devices
+from parnet_bench.row_devices import check_devices, cores_of, first_device, gpu_ordinals
+from parnet_engines.devices import usable_cores
+from parnet_export.errors import InputError, ParnetError
+
+PLAIN = {"threads": None, "data_transfers": True, "l2_flush": False}
+
+
+def test_cores_are_those_of_the_devices_or_all_for_gpus():
+    cores = usable_cores()
+    assert cores_of("cpu", None) == cores
+    assert cores_of("cpu", 1) == cores[:1]
+    assert cores_of(f"cpu:{cores[0]}", 2) == cores[:1]
+    assert cores_of("0,1", None) == cores
+    assert first_device("cpu:0 , cpu:1") == "cpu:0"
+
+
+def test_gpus_are_counted_once_however_they_are_named():
+    assert gpu_ordinals(["2,0", "cuda:0,0", "cpu"]) == (0, 2)
+    assert gpu_ordinals(["cpu:0,cpu:1"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_transfers": False}, "--no-data-transfers.*include copies"),
+        ({"l2_flush": True}, "--l2-flush.*not those of a GPU"),
+    ],
+)
+def test_what_gpus_cannot_do_yet_is_refused_in_a_sentence(monkeypatch, options, message):
+    monkeypatch.setattr(row_devices, "open_driver", lambda _: None)
+    check_devices("0", **PLAIN)
+    with pytest.raises(InputError, match=message):
+        check_devices("0", **PLAIN | options)
+
+
+def test_gpus_that_are_not_there_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ParnetError) as caught:
+        check_devices("0,1,2", **PLAIN)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_more_threads_than_cores_are_refused():
+    check_devices("cpu", **PLAIN | {"threads": 1})
+    with pytest.raises(InputError, match="--threads"):
+        check_devices("cpu", **PLAIN | {"threads": 100_000})
