@@ -339,7 +339,6 @@ def test_a_failed_build_leaves_the_engine_before_it(build, built, make_two_strea
 
 
 @needs_rtx
-@pytest.mark.slow  # seen once to take the whole process along, which must not end a normal run
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(build, bundle, monkeypatch):
     started, sent = [], []

@@ -393,6 +393,8 @@ def proven_optimum(scenario: Scenario, lanes: list[Lane], objective, known_ms: i
             model.add(over >= sum(loads))
     model.minimize(over)
     solver = cp_model.CpSolver()
+    # Else it leaves the system's own action for SIGINT behind, and Ctrl-C ends the process.
+    solver.parameters.catch_sigint_signal = False
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_time_in_seconds = 120
