@@ -51,8 +51,9 @@ class Scale:
         """Return where a value lies, in percent; values beyond the ends lie on them."""
         value = min(max(value, self.low), self.high)
         if self.logarithmic:
-            return 100 * math.log(value / self.low) / math.log(self.high / self.low)
-        return 100 * (value - self.low) / (self.high - self.low)
+            return 100 * (math.log(value / self.low) / math.log(self.high / self.low))
+        # A share of at most 1 first: multiplied first, rounding can lead beyond 100.
+        return 100 * ((value - self.low) / (self.high - self.low))
 
     def ticks(self) -> tuple[tuple[float, str], ...]:
         """Return a few round values on the scale as places and labels."""
