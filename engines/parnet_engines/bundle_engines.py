@@ -22,6 +22,7 @@ from parnet_engines.engine_sidecar import SCHEMA_VERSION, Sidecar
 from parnet_engines.tensorrt_build import BuildProgress, BuildRequest, build_engine
 from parnet_engines.tensorrt_module import LABELS, import_tensorrt, installed_version
 from parnet_engines.tensorrt_options import choose_layouts
+from parnet_export import files
 from parnet_export.errors import InputError
 from parnet_export.stream_graph import Segment
 
@@ -160,7 +161,8 @@ class _Job:
         found = look_up(path, recipe)
         if found.sidecar is not None:
             return EngineReport(self.name, str(target), "unchanged", (), path, found.sidecar)
-        built = self._build(path, timing_cache, progress)
+        log_path = path.with_suffix(_LOG_SUFFIX)
+        built = self._build(log_path, timing_cache, progress)
         sidecar = store(
             path,
             built.plan,
@@ -178,10 +180,11 @@ class _Job:
                 audit=built.audit,
             ),
         )
+        files.write_text(log_path, built.log)
         return EngineReport(self.name, str(target), "built", found.causes, path, sidecar)
 
     def _build(
-        self, path: Path, timing_cache: Path | None, progress: BuildProgress | None
+        self, log_path: Path, timing_cache: Path | None, progress: BuildProgress | None
     ) -> BuiltEngine:
         segment = segment_of(self.bundle, self.name)
         graph = self.bundle.stream_graph
@@ -196,7 +199,7 @@ class _Job:
                 (spec.name for spec in (*graph.inputs, *graph.outputs)),
             ),
             target=self.place.target,
-            log_path=path.with_suffix(_LOG_SUFFIX),
+            log_path=log_path,
             device=self.place.device,
             timing_cache=timing_cache,
         )

@@ -88,7 +88,8 @@ class BuildRequest:
     target
         The GPUs that it is for.
     log_path
-        The file that gets TensorRT's log lines. It is not written when a build is cancelled.
+        The file that gets TensorRT's log lines when the build fails. Otherwise they come with
+        the engine, so that whoever drops a finished engine leaves no log of it behind.
     device
         A GPU of the target in this machine, which builds and audits the engine; if None, the
         engine is not audited.
@@ -121,12 +122,15 @@ class BuiltEngine:
         Seconds that parsing and building took.
     audit
         None if it was not audited.
+    log
+        TensorRT's log lines.
     """
 
     plan: bytes
     tensors: tuple[EngineTensor, ...]
     build_s: float
     audit: Audit | None
+    log: str
 
 
 def build_engine(
@@ -160,10 +164,12 @@ def build_engine(
     with recording() as log, contextlib.nullcontext() if device is None else device.current():
         try:
             return _Build(trt, request, log).run(progress, cancelled)
-        finally:
-            if cancelled is None or not cancelled.is_set():
-                files.make_directory(request.log_path.parent)
-                files.write_text(request.log_path, log.text)
+        except BuildCancelledError:
+            raise
+        except Exception:
+            files.make_directory(request.log_path.parent)
+            files.write_text(request.log_path, log.text)
+            raise
 
 
 class _Build:
@@ -192,7 +198,8 @@ class _Build:
         self._save_timings()
         content = bytes(plan)
         build_s = time.perf_counter() - start_s
-        return BuiltEngine(content, self._tensors(), build_s, self._audit(content))
+        audit = self._audit(content)
+        return BuiltEngine(content, self._tensors(), build_s, audit, self._log.text)
 
     @property
     def _subject(self) -> str:
