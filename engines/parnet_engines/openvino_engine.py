@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,6 +127,19 @@ def _import_openvino() -> Any:
         raise MissingBackendError(_MODULE, "Running on OpenVINO", _INSTALL) from error
 
 
+@cache
+def _core(openvino: Any) -> Any:
+    """Return the one OpenVINO of this process, which is kept to its end.
+
+    On processors with AMX, OpenVINO gives the thread that loads it a stack for signals, and
+    unmaps that memory when its last object goes. Where that happens in another thread, the
+    first one keeps the address, and its next signal, such as that of Ctrl-C, ends the process.
+    """
+    core = openvino.Core()
+    keep_after_fork(core)
+    return core
+
+
 def _compile(openvino: Any, path: Path, threads: int | None) -> Any:
     options = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -138,7 +151,7 @@ def _compile(openvino: Any, path: Path, threads: int | None) -> Any:
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
+        core = _core(openvino)
         return core.compile_model(core.read_model(path), "CPU", options)
     except RuntimeError as error:  # all that OpenVINO raises
         reason = " ".join(str(error).split())

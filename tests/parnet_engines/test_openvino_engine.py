@@ -290,3 +290,22 @@ def test_a_forked_process_may_drop_the_session_of_its_parent(parnet):
     command = [sys.executable, "-c", code, str(parnet[1].path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "7\n", "")
+
+
+def test_a_signal_is_survived_after_another_thread_dropped_the_last_engine(parnet):
+    code = """if True:
+        import gc, signal, sys, threading, numpy as np
+        from parnet_engines.session import Session
+        sessions = [Session.open(sys.argv[1], engine="openvino")]
+        sessions[0].run({"image": np.zeros((1, 3, 64, 64), np.float32)})
+        def drop():
+            sessions.pop().close()
+            gc.collect()
+        thread = threading.Thread(target=drop)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGINT)
+    """
+    command = [sys.executable, "-c", code, str(parnet[1].path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.stderr.endswith("KeyboardInterrupt\n"), ended.returncode
