@@ -81,7 +81,7 @@ def _network(name: str) -> Network:
     if name != SMALL:
         return load_network(name)
     network = load_network("parnet-s")
-    config = replace(network.config, widths=(32, 64, 128), last_width=512, first_width=0)
+    config = replace(network.config, widths=(32, 64, 128), last_width=512, stem=())
     torch.manual_seed(0)
     module = ParNet(config)
     randomise_batch_norm(module, torch.Generator().manual_seed(0))

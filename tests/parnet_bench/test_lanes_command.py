@@ -191,7 +191,6 @@ def test_an_unknown_network_is_refused_before_anything_is_measured(run):
         assert f"Use {', '.join(RESOLUTIONS)}" in err
 
 
-@pytest.mark.slow
 def test_the_small_parnet_has_seven_segments(monkeypatch, tmp_path):
     monkeypatch.setenv("PARNET_EXPORT_CACHE", str(tmp_path))
     bundle = lane_bundle(SMALL)
