@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -254,6 +255,9 @@ def _interruptible(build: Callable[[threading.Event], BuiltEngine]) -> BuiltEngi
                 wait([future], timeout=_POLL_S)  # without a timeout, Windows would not wake up
         except BaseException:
             cancelled.set()
-            wait([future])
+            # However often Ctrl-C is pressed: Python must not end while TensorRT is at work.
+            while not future.done():
+                with suppress(KeyboardInterrupt):
+                    wait([future], timeout=_POLL_S)
             raise
         return future.result()

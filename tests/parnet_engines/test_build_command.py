@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,7 +341,8 @@ def test_a_failed_build_leaves_the_engine_before_it(build, built, make_two_strea
 
 @needs_rtx
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(build, bundle, monkeypatch):
+@pytest.mark.parametrize("times", [1, 4])
+def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(build, bundle, monkeypatch, times):
     started, sent = [], []
     real = build_progress.TerminalProgress.engine_start
 
@@ -349,9 +351,10 @@ def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(build, bundle, m
         real(self, name)
 
     def step(self, phase, number):
-        if started[-1].startswith("stream1") and not sent:
+        while started[-1].startswith("stream1") and len(sent) < times:
             sent.append(True)
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
 
     monkeypatch.setattr(build_progress.TerminalProgress, "engine_start", start)
     monkeypatch.setattr(build_progress.TerminalProgress, "step_complete", step)
