@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -255,9 +256,20 @@ def _interruptible(build: Callable[[threading.Event], BuiltEngine]) -> BuiltEngi
                 wait([future], timeout=_POLL_S)  # without a timeout, Windows would not wake up
         except BaseException:
             cancelled.set()
-            # However often Ctrl-C is pressed: Python must not end while TensorRT is at work.
-            while not future.done():
-                with suppress(KeyboardInterrupt):
-                    wait([future], timeout=_POLL_S)
+            with _without_interrupts():
+                wait([future])
             raise
         return future.result()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore further Ctrl-C: Python must not end while TensorRT is still at work."""
+    if threading.current_thread() is not threading.main_thread():  # no other gets them
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
