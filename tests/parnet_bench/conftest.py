@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from parnet_bench.procedure import Procedure
 from parnet_bench.result import ProcessRecording, Recording, Result, Row, RowDescription
 from parnet_bench.turn import Turn
 from parnet_engines.clock import FakeClock
-from parnet_export.bundle import Provenance
+from parnet_engines.cost_table import COSTS_NAME
+from parnet_engines.decision import DECISIONS_NAME
+from parnet_export.bundle import Provenance, open_bundle
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.family import Entry
 from parnet_export.models.parnet import ParNetConfig
@@ -82,6 +85,13 @@ def straight_onnx(tmp_path_factory):
 def forked_bundle(forked_onnx, tmp_path_factory):
     """The bundle of `forked_onnx`."""
     return make_bundle(*read_graph(forked_onnx), tmp_path_factory.mktemp("bundles") / "forked")[0]
+
+
+@pytest.fixture
+def unmeasured_bundle(forked_bundle, tmp_path):
+    """A copy of `forked_bundle` without what other tests may have measured on it."""
+    measured = shutil.ignore_patterns(COSTS_NAME, DECISIONS_NAME)
+    return open_bundle(shutil.copytree(forked_bundle.path, tmp_path / "forked", ignore=measured))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree as ET
@@ -286,9 +285,9 @@ def plan(capsys, monkeypatch):
 
 
 @pytest.fixture
-def bundle(forked_bundle, tmp_path):
-    """A bundle of its own, to put costs into."""
-    return shutil.copytree(forked_bundle.path, tmp_path / "forked")
+def bundle(unmeasured_bundle):
+    """The folder of a bundle of its own, to put costs into."""
+    return unmeasured_bundle.path
 
 
 def put_costs(forked_bundle, folder, latency_ms=1.0, network=None):

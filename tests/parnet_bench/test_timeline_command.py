@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import xml.etree.ElementTree as ET
 from statistics import median
 
@@ -16,12 +15,10 @@ from parnet_bench.timeline_report import typical
 from parnet_engines import cost_measure
 from parnet_engines.bundle_costs import load_bundle_costs
 from parnet_engines.cost_table import COSTS_NAME, WHOLE
-from parnet_engines.decision import DECISIONS_NAME
 from parnet_engines.machine import describe_machine
 from parnet_engines.placement import Lane
 from parnet_engines.recording import Recording, Span
 from parnet_export import console
-from parnet_export.bundle import open_bundle
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -48,11 +45,9 @@ def run(capsys, monkeypatch):
 
 
 @pytest.fixture
-def bundle(forked_bundle, tmp_path):
+def bundle(unmeasured_bundle):
     """A bundle of its own, to put costs into."""
-    # Other tests may have measured the shared bundle; here nothing has been yet.
-    measured = shutil.ignore_patterns(COSTS_NAME, DECISIONS_NAME)
-    return open_bundle(shutil.copytree(forked_bundle.path, tmp_path / "forked", ignore=measured))
+    return unmeasured_bundle
 
 
 def names_of(bundle):
