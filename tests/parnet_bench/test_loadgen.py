@@ -8,8 +8,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from typer.main import get_command
 
-from parnet_bench import loadgen, loadgen_process
+from parnet_bench import latency_command, loadgen, loadgen_process
 from parnet_bench.cli import app
 from parnet_bench.job import Job
 from parnet_bench.loadgen import Load, import_loadgen, make_settings, read_outcome
@@ -23,8 +24,8 @@ mlperf = pytest.importorskip("mlperf_loadgen", reason="needs mlcommons-loadgen")
 
 @pytest.fixture
 def run(capfd):
-    def run(*arguments):
-        code = console.run(app, ["loadgen", *map(str, arguments)])
+    def run(*arguments, command="loadgen"):
+        code = console.run(app, [command, *map(str, arguments)])
         return (code, *capfd.readouterr())
 
     return run
@@ -108,6 +109,91 @@ def test_a_short_run_reports_what_was_answered_and_keeps_its_log(
         assert outcome["percentile"] == (90 if scenario == "single-stream" else 99)
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_latency_runs_its_rows_under_the_load_generator(run, forked_bundle, tmp_path, scenario):
+    output = tmp_path / "result.json"
+    rate = ("--target-qps", 20) if scenario == "server" else ()
+    code, printed, error = run(
+        *(forked_bundle.path, "--scenario", scenario, *rate, "--break-rules-seconds", 0.1),
+        *("--plan", "whole", "--json", "--output", output),
+        command="latency",
+    )
+    assert code == 0
+    result = json.loads(printed)
+    assert result == json.loads(output.read_text())
+    (row,) = result["rows"]
+    assert (row["name"], row["scenario"]) == ("forked whole", scenario)
+    assert row["outcome"]["queries"] >= 1
+    logs = tmp_path / "result.loadgen"
+    assert error.strip() == f"logs are in {logs}"
+    summary = (logs / "forked-whole" / "mlperf_log_summary.txt").read_text()
+    assert summary.count("Scenario :") == 1
+
+
+def test_a_scenario_of_latency_has_the_rows_of_latency(run, dynamic_bundle, tmp_path):
+    arguments = ("--scenario", "single-stream", "--break-rules-seconds", 0.05, "--batch", "1,2")
+    output = ("--output", tmp_path / "result.json")
+    code, table, _ = run(dynamic_bundle.path, *arguments, *output, command="latency")
+    assert code == 0
+    rows = json.loads(output[1].read_text())["rows"]
+    assert [(row["form"], row["batch"]) for row in rows] == [
+        ("whole", 1),
+        ("streams", 1),
+        ("whole", 2),
+        ("streams", 2),
+    ]
+    assert len(list((tmp_path / "result.loadgen").iterdir())) == 4
+    assert "single-stream, LoadGen" in table
+
+
+OF_ROUNDS = {
+    "in_flight": ("--in-flight", 2),
+    "target_ci": ("--target-ci", "1%"),
+    "max_time": ("--max-time", 110),
+    "min_time": ("--min-time", 1),
+    "processes": ("--processes", 5),
+    "rounds": ("--rounds", 3),
+    "percentiles": ("--percentiles", "50"),
+    "interleave": ("--no-interleave",),
+    "l2_flush": ("--l2-flush",),
+    "data_transfers": ("--no-data-transfers",),
+    "csv": ("--csv", "rows.csv"),
+    "html": ("--html", "page.html"),
+    "trace": ("--trace", "trace.json"),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROUNDS)
+def test_options_of_rounds_are_refused_with_a_scenario(run, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("resnet18", "--scenario", "offline", *OF_ROUNDS[name])
+    code, printed, error = run(*arguments, command="latency")
+    assert (code, printed) == (2, "")
+    option = OF_ROUNDS[name][0]
+    assert error.startswith(f"error: {option}: is of measuring in rounds, and --scenario offline")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option", [("--target-qps", 1), ("--target-latency", 1), ("--break-rules-seconds", 1)]
+)
+def test_options_of_scenarios_are_refused_without_one(run, option):
+    code, _, error = run("resnet18", *option, command="latency")
+    assert code == 2
+    assert f"{option[0]}: is of a --scenario, which is not there" in error
+
+
+def test_every_option_of_latency_applies_in_rounds_in_scenarios_or_in_both():
+    known = {parameter.name for parameter in get_command(app).commands["latency"].params}
+    rows = {"targets", "devices", "task", "ckpt", "arch", "activation", "use_ema", "baseline"}
+    rows |= {"batch", "resolution", "precision", "plan", "lanes", "threads", "seed"}
+    shown = {"as_json", "output", "help"}
+    assert set(OF_ROUNDS) == set(latency_command._OF_ROUNDS)
+    of_scenarios = {"scenario", *latency_command._OF_SCENARIOS}
+    assert known <= rows | shown | of_scenarios | set(OF_ROUNDS)
+
+
 def test_a_row_runs_on_the_cores_that_it_is_given(run, forked_bundle, tmp_path):
     arguments = ("--form", "whole", "--threads", 1, "--break-rules-seconds", 0.1)
     code, printed, _ = run(forked_bundle.path, *arguments, "--logs", tmp_path / "logs", "--json")
@@ -128,6 +214,8 @@ def test_people_are_told_what_the_run_is_not(run, tiny_catalogue, tmp_path):
     ("arguments", "message"),
     [
         (("--scenario", "server"), "Give --target-qps"),
+        (("--target-qps", 3), "--target-qps: is of the server scenario"),
+        (("--scenario", "offline", "--target-latency", 3), "--target-latency: is of the server"),
         (("--form", "unfused", "--break-rules-seconds", 0.1), "no target has the form unfused"),
         (("--scenario", "offlime"), "--scenario"),
         (("--devices", "cpu:banana"), "cpu:banana"),
