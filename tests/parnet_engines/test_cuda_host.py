@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -610,6 +611,67 @@ def test_spans_lie_on_the_clocks_time_scale():
     assert sorted(span.step for span in spans) == busy
     assert all(span.begin_ns > 5_000_000 and span.duration_ns > 0 for span in spans)
     assert {span.inference for span in spans} == {7}
+
+
+TAKES_MS = {"copy_to_device": 3.0, "launch": 5.0, "copy_to_host": 2.0}
+
+
+class Slow(RecordingDriver):
+    """Transfers and launches take time, on the time scale of its events."""
+
+    def _guarded(self, verb, stream, *operands):
+        super()._guarded(verb, stream, *operands)
+        self.now_ms += TAKES_MS.get(verb, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["one lane", "three lanes"])
+def test_parts_are_timed_by_events_between_them(layout):
+    driver = Slow()
+    host = make_host(driver, layout)
+    host.inputs[0][...] = 1
+    host.run(timed=True)
+    before = len(driver.calls)
+    host.run(timed=True)
+    verbs = [call.verb for call in driver.calls[before:]]
+    assert verbs[:9] == [
+        "push_context",
+        "record_event",
+        "copy_to_device",
+        "record_event",
+        "launch",
+        "record_event",
+        "copy_to_host",
+        "record_event",
+        "push_context",
+    ]
+    assert "elapsed_ms" not in verbs  # which could be asked only when the outputs are there
+    parts = host.part_times()
+    between_ns = 1000  # the recorder lets a microsecond pass from event to event
+    assert parts.host_to_device_ns == 3_000_000 + between_ns
+    assert parts.compute_ns == 5_000_000 + between_ns
+    assert parts.device_to_host_ns == 2_000_000 + between_ns
+    assert 0 < parts.enqueue_ns < 1_000_000_000
+    host.close()
+    assert driver.open_resources == {}
+
+
+def test_the_time_to_enqueue_is_that_of_the_launches_and_not_of_the_transfers():
+    driver = RecordingDriver()
+    host = make_host(driver, "three lanes")
+
+    def slow(seconds, verb):
+        def call(*arguments):
+            time.sleep(seconds)
+            return verb(*arguments)
+
+        return call
+
+    driver.copy_to_device = slow(0.1, driver.copy_to_device)
+    host.run(timed=True)
+    assert host.part_times().enqueue_ns < 100_000_000
+    driver.launch = slow(0.02, driver.launch)
+    host.run(timed=True)
+    assert 20_000_000 <= host.part_times().enqueue_ns < 100_000_000
 
 
 def test_engines_that_disagree_about_a_layout_are_refused():
