@@ -154,6 +154,8 @@ def remarks_on_costs(result: Result, costs: Sequence[RowCosts]) -> Iterator[str]
     )
     for source in sources:
         yield f"Energy is what {source} counted, other programs included."
+    if any(cost.peak_device_bytes is not None for cost in costs):
+        yield "GPU memory is what the row's process took beyond an empty CUDA context."
     if any(cost.load_ms is not None for cost in costs):
         yield "First result: from a process that has loaded nothing to the row's first output."
 

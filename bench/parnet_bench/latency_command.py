@@ -162,13 +162,17 @@ def latency(
         ),
     ] = True,
     l2_flush: Annotated[
-        bool, typer.Option("--l2-flush", help="Empty the last-level cache before each run.")
+        bool,
+        typer.Option(
+            "--l2-flush",
+            help="Empty the last-level cache, or the GPUs' L2 caches, before each run.",
+        ),
     ] = False,
     data_transfers: Annotated[
         bool,
         typer.Option(
             "--data-transfers/--no-data-transfers",
-            help="Whether latencies include copies to and from a GPU.",
+            help="Whether latencies include copies to and from GPUs.",
         ),
     ] = True,
     scenario: Annotated[
@@ -272,6 +276,7 @@ def latency(
         interleave=interleave,
         in_flight=in_flight,
         l2_flush=l2_flush,
+        data_transfers=data_transfers,
         seed=seed,
     )
     try:

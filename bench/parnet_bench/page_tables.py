@@ -14,6 +14,7 @@ from parnet_bench.cost_columns import (
     remarks_on_costs,
     used_columns,
 )
+from parnet_bench.split_cells import SPLIT_HEADINGS, remarks_on_parts, split_cells
 from parnet_export.console import format_ms
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from parnet_bench.result import Result
     from parnet_bench.statistics import Interval
-    from parnet_bench.summary import PercentileSummary, RowSummary, SplitSummary
+    from parnet_bench.summary import PercentileSummary, RowSummary
 
 _MEDIAN = 50
 
@@ -58,7 +59,7 @@ def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
         headings += ["in flight", "samples/s then"]
     is_split = any(summary.split for summary in summaries)
     if is_split:
-        headings += ["to device", "compute", "to host", "enqueue"]
+        headings += SPLIT_HEADINGS
     rows = [
         (
             Cell(summary.name),
@@ -67,7 +68,7 @@ def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
         )
         for row, summary in zip(result.rows, summaries, strict=True)
     ]
-    return TableView(tuple(headings), tuple(rows), tuple(_remarks(summaries)))
+    return TableView(tuple(headings), tuple(rows), tuple(_remarks(result, summaries)))
 
 
 def bare_ms(value_ms: float) -> str:
@@ -92,17 +93,7 @@ def _figures(summary: RowSummary, *, is_pipelined: bool, is_split: bool) -> Iter
         yield str(pipelined.in_flight) if pipelined else NONE
         yield f"{pipelined.samples_per_s:,.1f}" if pipelined else NONE
     if is_split:
-        yield from _split(summary.split)
-
-
-def _split(split: SplitSummary | None) -> Iterator[str]:
-    if split is None:
-        yield from (NONE,) * 4
-        return
-    yield bare_ms(split.host_to_device_ms)
-    yield bare_ms(split.compute_ms)
-    yield bare_ms(split.device_to_host_ms)
-    yield bare_ms(split.enqueue_ms)
+        yield from split_cells(summary.split)
 
 
 def _percentile(entry: PercentileSummary) -> str:
@@ -111,7 +102,7 @@ def _percentile(entry: PercentileSummary) -> str:
     return bare_ms(entry.tail_ms)
 
 
-def _remarks(summaries: Sequence[RowSummary]) -> Iterator[str]:
+def _remarks(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]:
     if any(p.percent != _MEDIAN for summary in summaries for p in summary.percentiles):
         yield (
             "Percentiles above the median are MLPerf's early-stopping estimate: with 99 % "
@@ -119,3 +110,4 @@ def _remarks(summaries: Sequence[RowSummary]) -> Iterator[str]:
             "table says how many it takes."
         )
     yield "Samples per second are those of one inference at a time, unless several are in flight."
+    yield from remarks_on_parts(result, summaries)
