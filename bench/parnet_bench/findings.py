@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from parnet_bench.activity import disturbance
+from parnet_bench.machine_state import heat_of
 from parnet_bench.statistics import MIN_PROCESSES, MIN_ROUNDS
 from parnet_bench.steadiness import drift, modes, process_spread
 from parnet_bench.summary import blocks_of, summarise
@@ -205,14 +206,15 @@ def _throttled(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
     low: dict[str, str] = {}
     for gpu in (gpu for activity in result.activities for gpu in activity.gpus):
         name = f"GPU {gpu.index} ({gpu.name})"
+        reached = f", at up to {' and '.join(heat_of(gpu))}" if heat_of(gpu) else ""
         if gpu.slowed_by:
-            low[name] = f"was held down by {' and '.join(gpu.slowed_by)}"
+            low[name] = f"was held down by {' and '.join(gpu.slowed_by)}{reached}"
         elif (
             gpu.clock_mhz
             and gpu.max_clock_mhz
             and gpu.clock_mhz < THROTTLED_SHARE * gpu.max_clock_mhz
         ):
-            problem = f"ran at {gpu.clock_mhz} of {gpu.max_clock_mhz} MHz under load"
+            problem = f"ran at {gpu.clock_mhz} of {gpu.max_clock_mhz} MHz under load{reached}"
             low.setdefault(name, problem)
     for name, problem in low.items():
         remedy = "Improve its cooling, or fix the clock lower: `nvidia-smi -lgc MIN,MAX`."
