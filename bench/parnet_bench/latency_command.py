@@ -384,21 +384,15 @@ def _write_files(
 def _measure(request: Request, procedure: Procedure) -> Result:
     from parnet_bench.environment import read_environment
     from parnet_bench.latency import measure_rows
-    from parnet_bench.peaks import measure_peaks
     from parnet_bench.progress import showing_progress
+    from parnet_bench.row_peaks import measure_row_peaks
     from parnet_bench.rows import plan_rows
-    from parnet_engines.cuda_devices import names_gpus
 
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
         rows, notes = plan_rows(request, Path(workspace), console.working)
-        with console.working("measuring what the cores can do at most"):
-            peaks = tuple(
-                measure_peaks(cores)
-                for cores in dict.fromkeys(
-                    row.description.cores for row in rows if not names_gpus(row.description.devices)
-                )
-            )
+        with console.working("measuring what the devices can do at most"):
+            peaks = measure_row_peaks(row.description for row in rows)
         with showing_progress() as observe:
             return measure_rows(
                 rows, procedure, environment, notes=notes, peaks=peaks, observe=observe
