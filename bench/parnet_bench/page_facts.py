@@ -49,6 +49,8 @@ def facts_of(result: Result) -> Iterator[tuple[str, str]]:
     order = "in random order, one after the other" if result.procedure.interleave else "row by row"
     yield "order", f"rows took turns {order}; seed {result.procedure.seed}"
     yield "stopped because", _STOPPED[result.stopped]
+    if result.procedure.remarks:
+        yield "latencies", " ".join(result.procedure.remarks)
     shapes = dict.fromkeys(
         f"{tensor.name} {format_shape(tensor.shape)} {tensor.dtype}"
         for row in result.rows

@@ -14,7 +14,7 @@ from parnet_bench.cost_columns import (
     remarks_on_costs,
     used_columns,
 )
-from parnet_bench.split_cells import SPLIT_HEADINGS, remarks_on_parts, split_cells
+from parnet_bench.split_cells import REMARK_ON_PARTS, SPLIT_HEADINGS, split_cells
 from parnet_export.console import format_ms
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ def cost_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     )
 
 
+def part_table(summaries: Sequence[RowSummary]) -> TableView | None:
+    """Return the medians of the parts of an inference; None where no row tells any."""
+    if not any(summary.split for summary in summaries):
+        return None
+    rows = [(Cell(summary.name), *map(Cell, split_cells(summary.split))) for summary in summaries]
+    return TableView(("row", *SPLIT_HEADINGS), tuple(rows), (REMARK_ON_PARTS,))
+
+
 def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     """Return all figures of all rows' latencies and throughputs."""
     percents = [p.percent for p in summaries[0].percentiles if p.percent != _MEDIAN]
@@ -57,18 +65,15 @@ def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     is_pipelined = any(summary.pipelined for summary in summaries)
     if is_pipelined:
         headings += ["in flight", "samples/s then"]
-    is_split = any(summary.split for summary in summaries)
-    if is_split:
-        headings += SPLIT_HEADINGS
     rows = [
         (
             Cell(summary.name),
             Cell(row.description.provenance.weights),
-            *map(Cell, _figures(summary, is_pipelined=is_pipelined, is_split=is_split)),
+            *map(Cell, _figures(summary, is_pipelined=is_pipelined)),
         )
         for row, summary in zip(result.rows, summaries, strict=True)
     ]
-    return TableView(tuple(headings), tuple(rows), tuple(_remarks(result, summaries)))
+    return TableView(tuple(headings), tuple(rows), tuple(_remarks(summaries)))
 
 
 def bare_ms(value_ms: float) -> str:
@@ -81,7 +86,7 @@ def range_ms(interval: Interval | None) -> str:
     return "" if interval is None else f"{bare_ms(interval.low)} to {format_ms(interval.high)}"
 
 
-def _figures(summary: RowSummary, *, is_pipelined: bool, is_split: bool) -> Iterator[str]:
+def _figures(summary: RowSummary, *, is_pipelined: bool) -> Iterator[str]:
     yield bare_ms(summary.median_ms)
     yield range_ms(summary.median_interval_ms).removesuffix(" ms") or NONE
     yield from (bare_ms(value) for value in (summary.mad_ms, summary.min_ms, summary.max_ms))
@@ -92,8 +97,6 @@ def _figures(summary: RowSummary, *, is_pipelined: bool, is_split: bool) -> Iter
         pipelined = summary.pipelined
         yield str(pipelined.in_flight) if pipelined else NONE
         yield f"{pipelined.samples_per_s:,.1f}" if pipelined else NONE
-    if is_split:
-        yield from split_cells(summary.split)
 
 
 def _percentile(entry: PercentileSummary) -> str:
@@ -102,7 +105,7 @@ def _percentile(entry: PercentileSummary) -> str:
     return bare_ms(entry.tail_ms)
 
 
-def _remarks(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]:
+def _remarks(summaries: Sequence[RowSummary]) -> Iterator[str]:
     if any(p.percent != _MEDIAN for summary in summaries for p in summary.percentiles):
         yield (
             "Percentiles above the median are MLPerf's early-stopping estimate: with 99 % "
@@ -110,4 +113,3 @@ def _remarks(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]:
             "table says how many it takes."
         )
     yield "Samples per second are those of one inference at a time, unless several are in flight."
-    yield from remarks_on_parts(result, summaries)

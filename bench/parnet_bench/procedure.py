@@ -119,6 +119,19 @@ class Procedure:
     seed: int = 0
     settling: Settling = field(default_factory=Settling)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What latencies have in them, where that is not the usual, one sentence each."""
+        found = []
+        if not self.data_transfers:
+            found.append(
+                "Latencies leave out copies between the host and GPUs: inputs and outputs stay "
+                "there."
+            )
+        if self.l2_flush:
+            found.append("Caches were emptied before each inference, outside of its latency.")
+        return tuple(found)
+
     def __post_init__(self) -> None:
         for value, what in (
             (self.max_time_s, "the time to measure"),

@@ -15,7 +15,7 @@ from parnet_bench.cost_columns import (
     used_columns,
 )
 from parnet_bench.findings import find
-from parnet_bench.split_cells import SPLIT_HEADINGS, remarks_on_parts, split_cells
+from parnet_bench.split_cells import REMARK_ON_PARTS, SPLIT_HEADINGS, split_cells
 from parnet_bench.summary import RowSummary, summarise
 from parnet_export.console import (
     format_count,
@@ -110,7 +110,9 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
             f"Latencies are those of one inference at a time; samples/s are those of "
             f"{pipelined.in_flight} in flight."
         )
-    yield from remarks_on_parts(result, summaries)
+    yield from result.procedure.remarks
+    if any(summary.split for summary in summaries):
+        yield REMARK_ON_PARTS
     if result.overhead_ns:
         overhead_us = float(np.median(result.overhead_ns)) / _NS_PER_US
         yield f"Harness and session add {overhead_us:.1f} us to a latency."
@@ -187,7 +189,7 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
 
 def _parts(summaries: Sequence[RowSummary]) -> Table:
     """Return the medians of the parts of an inference, in milliseconds."""
-    table = _table(*(f"{heading} ms" for heading in SPLIT_HEADINGS))
+    table = _table(*SPLIT_HEADINGS)
     for row in summaries:
         table.add_row(printable(row.name), *split_cells(row.split))
     return table
