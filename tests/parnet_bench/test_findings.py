@@ -200,6 +200,19 @@ def test_a_warning_is_provoked_alone_and_says_what_helps(quiet, kind):
         assert any(mark in finding.remedy for mark in ("--", "`", "Use", "Let", "Measure"))
 
 
+@pytest.mark.parametrize("kind", ["drift", "bimodal"])
+@pytest.mark.parametrize(("devices", "command"), [("cpu", "cpu"), ("0,1", "nvidia-smi --lock")])
+def test_clocks_are_fixed_by_the_command_of_the_rows_devices(quiet, kind, devices, command):
+    result = PROVOKED[kind](quiet)
+    rows = tuple(
+        replace(row, description=replace(row.description, devices=devices)) for row in result.rows
+    )
+    found = [one.remedy for one in find(replace(result, rows=rows)) if one.kind == kind]
+    assert found
+    assert all(command in remedy for remedy in found)
+    assert all(("nvidia" in remedy) is (devices != "cpu") for remedy in found)
+
+
 def test_a_failed_row_is_named_with_its_reason(quiet):
     (finding,) = find(PROVOKED["failed"](quiet))
     assert finding.sentence == "a failed while it ran in process 2: it is lost."

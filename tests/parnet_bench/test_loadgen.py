@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from parnet_bench.cli import app
 from parnet_bench.job import Job
 from parnet_bench.loadgen import Load, import_loadgen, make_settings, read_outcome
 from parnet_bench.loadgen_process import ScenarioJob, SystemUnderTest, run_scenario
+from parnet_engines import session
 from parnet_export import console
 from parnet_export.errors import InputError, MissingBackendError, ParnetError
 
@@ -330,6 +332,25 @@ def test_a_row_that_cannot_be_loaded_says_why(forked_bundle, tmp_path):
     with pytest.raises(ParnetError, match="does not exist") as caught:
         run_scenario(ScenarioJob(job, Load("offline", 1.0, seconds=0.1), str(tmp_path)))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("devices", "threads"), [("0,1", None), ("cpu", 1)])
+@pytest.mark.parametrize(("plan", "opened"), [("auto", "auto"), ("a.json", Path("a.json"))])
+def test_gpus_take_no_number_of_threads_and_plans_keep_their_names(
+    monkeypatch, devices, threads, plan, opened
+):
+    asked = {}
+
+    def open_session(bundle, devices, **options):
+        asked.update(options, devices=devices)
+        raise InputError("bundle", "is none", "Make one")
+
+    monkeypatch.setattr(session.Session, "open", open_session)
+    monkeypatch.setattr(loadgen_process, "use_cores", lambda _: None)
+    work = ScenarioJob(Job("b", plan, devices, (0,), {}), Load("offline", 1.0), "")
+    with pytest.raises(InputError, match="is none"):
+        loadgen_process.serve(work)
+    assert (asked["devices"], asked["threads"], asked["plan"]) == (devices, threads, opened)
 
 
 def test_samples_may_be_unloaded_twice():
