@@ -62,8 +62,7 @@ class LoadedRow:
         sample = next(make_samples(self._session.inputs, sizes=job.sizes))
         self._inputs = sample.inputs
         self._session.run(self._inputs)
-        self._run = self._runner()
-        self._look()
+        self._runner: Callable[[], object] | None = None
 
     def take_turn(self, request: TurnRequest) -> Turn:
         """Run as often as asked; see `parnet_bench.turn.Worker.take_turn`."""
@@ -71,12 +70,14 @@ class LoadedRow:
             self._session.close()
             self._in_flight = request.in_flight
             self._session = self._open(request.in_flight)
-            self._run = self._runner()
+            self._runner = None
+        run = self._ready()
         if request.in_flight > 1:
-            turn = several_in_flight(self._run, request)
+            turn = several_in_flight(run, request)
         else:
-            turn = one_at_a_time(self._run, request, prepare=self._preparation(request))
-        self._look()
+            turn = one_at_a_time(run, request, prepare=self._preparation(request))
+        if self._gpus is not None:
+            self._gpus.look()
         return turn
 
     def device_figures(self, request: TurnRequest) -> DeviceFigures:
@@ -90,6 +91,7 @@ class LoadedRow:
         session, gpus = self._session, self._gpus
         if not isinstance(session, CudaSession) or gpus is None:
             raise TypeError("only rows on GPUs have figures of GPUs")
+        self._ready()
         prepare = self._preparation(request)
         times: list[PartTimes] = []
         for _ in range(request.lead_in + request.runs):
@@ -133,13 +135,16 @@ class LoadedRow:
         if self._gpus is not None:
             self._gpus.close()
 
-    def _runner(self) -> Callable[[], object]:
-        """Return what runs one inference, as the row is to be measured."""
+    def _ready(self) -> Callable[[], object]:
+        """Return what runs one inference as the row is to be measured."""
         session, inputs = self._session, self._inputs
-        if isinstance(session, CudaSession) and not self._job.data_transfers:
-            session.upload(inputs)
-            return session.run_resident
-        return lambda: session.run(inputs)
+        if self._runner is None:
+            if isinstance(session, CudaSession) and not self._job.data_transfers:
+                session.upload(inputs)
+                self._runner = session.run_resident
+            else:
+                self._runner = lambda: session.run(inputs)
+        return self._runner
 
     def _preparation(self, request: TurnRequest) -> Callable[[], object] | None:
         """Return what comes before each inference, if anything does."""
@@ -150,10 +155,6 @@ class LoadedRow:
         if self._flush is None:
             self._flush = CacheFlush()
         return self._flush
-
-    def _look(self) -> None:
-        if self._gpus is not None:
-            self._gpus.look()
 
     def _open(self, in_flight: int = 1, *, record: bool = False) -> AnySession:
         job = self._job

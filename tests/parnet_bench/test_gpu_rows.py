@@ -196,6 +196,13 @@ def test_figures_are_those_of_the_memory_the_files_and_the_parts(driver, job, da
     assert driver.open_resources == {}
 
 
+def test_figures_need_no_turn_before_them(driver, job):
+    row = LoadedRow(replace(job, data_transfers=False))
+    figures = row.device_figures(TurnRequest(2))
+    assert len(figures.split.compute_ns[0]) == 2
+    row.close()
+
+
 def test_runtimes_without_files_have_no_size_of_engines(driver, job, monkeypatch):
     monkeypatch.setattr(HostedEngine, "file", property(lambda _: None))
     row = LoadedRow(job)
