@@ -191,7 +191,7 @@ def run_and_show(
     place = logs or (output.with_suffix(".loadgen") if output else Path(f"loadgen-{load.scenario}"))
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
-        planned, _ = plan_rows(request, Path(workspace), console.working)
+        planned, notes = plan_rows(request, Path(workspace), console.working)
         rows = [row for row in planned if form in {None, row.description.form}]
         if not rows:
             raise InputError(
@@ -201,8 +201,9 @@ def run_and_show(
         for row in rows:
             with console.working(f"{load.scenario}: {row.description.name}"):
                 results.append(_run(row, replace(load, batch=row.description.batch), place))
-    shown = _render(results, load.scenario)
-    console.show(_as_dict(environment, results), shown, as_json=as_json, output=output)
+    shown = _render(results, load.scenario, notes)
+    document = _as_dict(environment, results, notes)
+    console.show(document, shown, as_json=as_json, output=output)
     console.note(f"logs are in {place}")
 
 
@@ -234,7 +235,9 @@ def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
     return _Run(row, load, read_outcome(folder, load.scenario), folder)
 
 
-def _as_dict(environment: Environment, runs: Sequence[_Run]) -> dict[str, Any]:
+def _as_dict(
+    environment: Environment, runs: Sequence[_Run], notes: Sequence[str]
+) -> dict[str, Any]:
     import msgspec
 
     return {
@@ -254,10 +257,11 @@ def _as_dict(environment: Environment, runs: Sequence[_Run]) -> dict[str, Any]:
             }
             for run in runs
         ],
+        "notes": list(notes),
     }
 
 
-def _render(runs: Sequence[_Run], scenario: str) -> Group:
+def _render(runs: Sequence[_Run], scenario: str, notes: Sequence[str]) -> Group:
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -289,4 +293,5 @@ def _render(runs: Sequence[_Run], scenario: str) -> Group:
         remarks.append(f"Random weights: {', '.join(names)}.")
     if any(run.outcome.latency_ms is not None and not run.outcome.is_estimate for run in runs):
         remarks.append("Latencies are plain percentiles, not early-stopping estimates.")
+    remarks += notes
     return Group(table, *(Text(printable(remark)) for remark in remarks))

@@ -148,6 +148,16 @@ def test_a_scenario_of_latency_has_the_rows_of_latency(run, dynamic_bundle, tmp_
     assert "single-stream, LoadGen" in table
 
 
+def test_rows_that_are_not_there_are_remarked_on(run, straight_onnx, tmp_path):
+    output = tmp_path / "result.json"
+    arguments = ("--scenario", "offline", "--break-rules-seconds", 0.05, "--output", output)
+    code, table, _ = run(straight_onnx, *arguments, command="latency")
+    assert code == 0
+    (note,) = json.loads(output.read_text())["notes"]
+    assert note.endswith("is a single segment, so it has no streams row.")
+    assert "single segment" in " ".join(table.split())
+
+
 OF_ROUNDS = {
     "in_flight": ("--in-flight", 2),
     "target_ci": ("--target-ci", "1%"),
