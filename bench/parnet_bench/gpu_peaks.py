@@ -105,7 +105,6 @@ def matmul_flops_per_s(device: str, precision: str, side: int = _SIDE) -> float 
     on_gpu = device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         return None
-    torch.backends.cuda.matmul.allow_tf32 = True
     dtype = torch.float16 if precision == "fp16" else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(matrix)
@@ -127,12 +126,15 @@ def matmul_flops_per_s(device: str, precision: str, side: int = _SIDE) -> float 
 
 def main() -> None:
     """Measure on the GPUs, and in the precision, that the arguments name, and print JSON."""
+    import torch
+
     from parnet_bench.own_process import end_with_parent
     from parnet_engines.cuda_devices import open_driver, parse_gpus
 
     end_with_parent()
     devices, precision = sys.argv[1:]
     driver = open_driver(parse_gpus(devices))
+    torch.backends.cuda.matmul.allow_tf32 = True
     sys.stdout.buffer.write(msgspec.json.encode(probe(driver, devices, precision)))
 
 
