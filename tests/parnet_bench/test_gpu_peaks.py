@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from parnet_bench import gpu_peaks, row_peaks
 from parnet_bench.cost_columns import costs_of, remarks_on_costs
@@ -44,19 +45,31 @@ def test_a_probe_that_is_refused_leaves_nothing_open():
     assert driver.open_resources == {}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_product_is_counted_as_numpy_would_count_it(precision):
-    side = 128
+def test_the_product_is_counted_as_numpy_would_count_it():
+    side = 384
     matrix = np.ones((side, side), np.float32)
     taken = []
-    for _ in range(20):
+    for _ in range(50):
         start = time.perf_counter()
         matrix @ matrix
         taken.append(time.perf_counter() - start)
     theirs = 2 * side**3 / min(taken)
-    ours = matmul_flops_per_s("cpu", precision, side)
-    assert ours < 16 * theirs
-    assert ours > theirs / 16 or precision == "fp16"  # which CPUs emulate
+    assert theirs / 16 < matmul_flops_per_s("cpu", "fp32", side) < theirs * 16
+
+
+def test_a_product_has_the_precision_of_the_row(monkeypatch):
+    multiplied = []
+    matmul = torch.matmul
+
+    def noted(a, b, out):
+        multiplied.append((a.dtype, b.dtype, out.dtype))
+        return matmul(a, b, out=out)
+
+    monkeypatch.setattr(torch, "matmul", noted)
+    for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        multiplied.clear()
+        assert matmul_flops_per_s("cpu", precision, 16) > 0
+        assert set(multiplied) == {(dtype,) * 3}
 
 
 @pytest.mark.parametrize(("rates", "total"), [([10e12, 20e12], 30e12), ([10e12, None], None)])
