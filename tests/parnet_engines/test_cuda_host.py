@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parnet_engines import cuda_parts
 from parnet_engines.check import checked, find_faults
 from parnet_engines.clock import FakeClock
 from parnet_engines.cuda_devices import ordinal_of
@@ -655,23 +655,23 @@ def test_parts_are_timed_by_events_between_them(layout):
     assert driver.open_resources == {}
 
 
-def test_the_time_to_enqueue_is_that_of_the_launches_and_not_of_the_transfers():
-    driver = RecordingDriver()
+def test_the_time_to_enqueue_is_that_of_the_launches_and_not_of_the_transfers(monkeypatch):
+    driver, clock = RecordingDriver(), FakeClock()
     host = make_host(driver, "three lanes")
 
-    def slow(seconds, verb):
+    def slow(verb, takes_ms):
         def call(*arguments):
-            time.sleep(seconds)
+            clock.advance_ms(takes_ms)
             return verb(*arguments)
 
         return call
 
-    driver.copy_to_device = slow(0.1, driver.copy_to_device)
+    monkeypatch.setattr(cuda_parts.time, "perf_counter_ns", clock.now_ns)
+    driver.copy_to_device = slow(driver.copy_to_device, 100)
+    driver.copy_to_host = slow(driver.copy_to_host, 30)
+    driver.launch = slow(driver.launch, 2)
     host.run(timed=True)
-    assert host.part_times().enqueue_ns < 100_000_000
-    driver.launch = slow(0.02, driver.launch)
-    host.run(timed=True)
-    assert 20_000_000 <= host.part_times().enqueue_ns < 100_000_000
+    assert host.part_times().enqueue_ns == 2_000_000
 
 
 def test_engines_that_disagree_about_a_layout_are_refused():
