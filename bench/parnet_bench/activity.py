@@ -10,13 +10,15 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from parnet_bench.machine_state import GpuState, gpu_states
 
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Activity:
         How often cores have lowered their clock because they were too hot; None where the
         system does not count it.
     gpus
-        The GPUs that rows run on, at the lowest clock that was seen under load before.
+        The GPUs, at the lowest clock and the highest temperature and power that were seen
+        under load before.
     """
 
     moment_s: float
@@ -108,18 +111,30 @@ class GpuWatch:
         if self._nvml is None:
             return
         for state in gpu_states(self._nvml):
-            before = self._seen.get(state.index, state)
-            clocks = [c for c in (before.clock_mhz, state.clock_mhz) if c is not None]
-            self._seen[state.index] = replace(
-                state,
-                clock_mhz=min(clocks, default=None),
-                slowed_by=tuple(dict.fromkeys((*before.slowed_by, *state.slowed_by))),
-            )
+            self._seen[state.index] = extremes(self._seen.get(state.index, state), state)
 
     def take(self) -> tuple[GpuState, ...]:
-        """Return the lowest clocks and all reasons since the last call, and forget them."""
+        """Return the extremes and all reasons since the last call, and forget them.
+
+        Clocks are the lowest ones that were seen, temperature and power the highest.
+        """
         seen, self._seen = tuple(self._seen.values()), {}
         return seen
+
+
+def _known(*values: Number | None) -> list[Number]:
+    return [value for value in values if value is not None]
+
+
+def extremes(before: GpuState, after: GpuState) -> GpuState:
+    """Return a GPU's lowest clock, highest temperature and power, and all that slowed it."""
+    return replace(
+        after,
+        clock_mhz=min(_known(before.clock_mhz, after.clock_mhz), default=None),
+        temperature_c=max(_known(before.temperature_c, after.temperature_c), default=None),
+        power_w=max(_known(before.power_w, after.power_w), default=None),
+        slowed_by=tuple(dict.fromkeys((*before.slowed_by, *after.slowed_by))),
+    )
 
 
 def throttle_events(cpu_folder: Path = _CPU_FOLDER) -> int | None:

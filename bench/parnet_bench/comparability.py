@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from parnet_bench.environment import Environment
     from parnet_bench.findings import Kind
+    from parnet_bench.procedure import Procedure
     from parnet_bench.result import Result, RowDescription
 
 _OURSELVES = "parnet-export"
@@ -51,12 +52,14 @@ def refusals(before: Result, after: Result) -> tuple[Difference, ...]:
     """Return what makes latencies of two results incomparable; empty if nothing does.
 
     Latencies are of the same thing where the machine, its clocks' governor, the drivers and
-    the runtimes are the same, and where rows of a name have the same inputs, precision,
-    devices, threads and way to run. A row that only the first result has counts as well: a
-    comparison that leaves it out would not see it fail.
+    the runtimes are the same, where both results empty caches and include transfers or neither
+    does, and where rows of a name have the same inputs, precision, devices, threads and way to
+    run. A row that only the first result has counts as well: a comparison that leaves it out
+    would not see it fail.
     """
     found = [
         *_machine(before.environment, after.environment),
+        *_methods(before.procedure, after.procedure),
         *_runtimes(before, after),
         *_gpus(before, after),
     ]
@@ -93,6 +96,16 @@ def _machine(before: Environment, after: Environment) -> Iterator[Difference]:
         ("the number of physical cores", before.physical_cores, after.physical_cores),
         ("the frequency governor", ", ".join(before.governors), ", ".join(after.governors)),
     )
+
+
+def _methods(before: Procedure, after: Procedure) -> Iterator[Difference]:
+    """Compare what a latency has in it; how long and in what order is no matter."""
+    for what, one, two in (
+        ("--l2-flush", before.l2_flush, after.l2_flush),
+        ("--data-transfers", before.data_transfers, after.data_transfers),
+    ):
+        if one != two:
+            yield Difference("", what, *("on" if given else "off" for given in (one, two)))
 
 
 def _runtimes(before: Result, after: Result) -> Iterator[Difference]:

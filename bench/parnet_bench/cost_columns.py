@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parnet_bench.peaks import achieved
+from parnet_bench.row_peaks import peaks_for
 from parnet_export.console import format_bytes, format_count, format_ms, format_percent
 
 if TYPE_CHECKING:
@@ -89,14 +90,6 @@ def costs_of(result: Result, summaries: Sequence[RowSummary]) -> tuple[RowCosts,
     )
 
 
-def peaks_for(result: Result, row: Row) -> Peaks | None:
-    """Return the peaks of as many threads as the row had; None on a GPU."""
-    if not row.description.devices.startswith("cpu"):
-        return None
-    threads = len(row.description.cores)
-    return next((peaks for peaks in result.peaks if peaks.threads == threads), None)
-
-
 def cells_of(costs: RowCosts) -> tuple[Cell, ...]:
     """Return the figures of `HEADINGS`, the row's name included."""
     reached = costs.achieved
@@ -138,8 +131,9 @@ def remarks_on_costs(result: Result, costs: Sequence[RowCosts]) -> Iterator[str]
             else f"{format_count(peaks.flops_per_s)}FLOP/s"
         )
         threads = "1 thread" if peaks.threads == 1 else f"{peaks.threads} threads"
+        owner = f"GPU {peaks.devices}" if peaks.devices else threads
         yield (
-            f"Peaks of {threads}: {most}, {format_bytes(peaks.copy_bytes_per_s)}/s "
+            f"Peaks of {owner}: {most}, {format_bytes(peaks.copy_bytes_per_s)}/s "
             f"({peaks.how}, {peaks.precision}). Bytes per second count weights and every "
             "operator's tensors; what stays in caches, and algorithms that need fewer "
             "operations, can take a share beyond 100 %."
@@ -154,6 +148,8 @@ def remarks_on_costs(result: Result, costs: Sequence[RowCosts]) -> Iterator[str]
     )
     for source in sources:
         yield f"Energy is what {source} counted, other programs included."
+    if any(cost.peak_device_bytes is not None for cost in costs):
+        yield "GPU memory is what the row's process took beyond an empty CUDA context."
     if any(cost.load_ms is not None for cost in costs):
         yield "First result: from a process that has loaded nothing to the row's first output."
 

@@ -88,6 +88,7 @@ def _render(
 def _facts(
     environment: Environment, state: MachineState, missing: str
 ) -> Iterator[tuple[str, str]]:
+    from parnet_bench.machine_state import heat_of
     from parnet_export.console import format_bytes, format_percent
 
     def told(value: object) -> str:
@@ -109,7 +110,8 @@ def _facts(
     yield "huge pages", told(state.huge_pages)
     for gpu in state.gpus:
         clock = f"{told(gpu.clock_mhz)} of {told(gpu.max_clock_mhz)} MHz"
-        yield f"GPU {gpu.index}", f"{gpu.name}, driver {gpu.driver}, {clock}"
+        facts = [gpu.name, f"driver {gpu.driver}", clock, *heat_of(gpu)]
+        yield f"GPU {gpu.index}", ", ".join(facts)
     if not state.gpus:
         yield "GPUs", missing or "none"
     yield "system", environment.system

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from parnet_bench.activity import disturbance
+from parnet_bench.machine_state import heat_of
 from parnet_bench.statistics import MIN_PROCESSES, MIN_ROUNDS
 from parnet_bench.steadiness import drift, modes, process_spread
 from parnet_bench.summary import blocks_of, summarise
+from parnet_engines.cuda_devices import names_gpus
 
 if TYPE_CHECKING:
     from parnet_bench.result import Result, Row
@@ -205,14 +207,15 @@ def _throttled(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
     low: dict[str, str] = {}
     for gpu in (gpu for activity in result.activities for gpu in activity.gpus):
         name = f"GPU {gpu.index} ({gpu.name})"
+        reached = f", at up to {' and '.join(heat_of(gpu))}" if heat_of(gpu) else ""
         if gpu.slowed_by:
-            low[name] = f"was held down by {' and '.join(gpu.slowed_by)}"
+            low[name] = f"was held down by {' and '.join(gpu.slowed_by)}{reached}"
         elif (
             gpu.clock_mhz
             and gpu.max_clock_mhz
             and gpu.clock_mhz < THROTTLED_SHARE * gpu.max_clock_mhz
         ):
-            problem = f"ran at {gpu.clock_mhz} of {gpu.max_clock_mhz} MHz under load"
+            problem = f"ran at {gpu.clock_mhz} of {gpu.max_clock_mhz} MHz under load{reached}"
             low.setdefault(name, problem)
     for name, problem in low.items():
         remedy = "Improve its cooling, or fix the clock lower: `nvidia-smi -lgc MIN,MAX`."
@@ -259,6 +262,13 @@ _CHECKS: tuple[_Check, ...] = (
 # --------------------------------------------------------------------------- of one row
 
 
+def _fix_clocks(row: Row) -> str:
+    """Return the command that fixes the clocks of a row's devices."""
+    if names_gpus(row.description.devices):
+        return "`sudo nvidia-smi --lock-gpu-clocks=MHZ`"
+    return "`sudo cpupower frequency-set --governor performance`"
+
+
 def _unsettled(row: Row, summary: RowSummary, result: Result) -> Iterator[Finding]:
     if not row.recording.settled:
         yield Finding(
@@ -278,7 +288,7 @@ def _drifting(row: Row, summary: RowSummary, _: Result) -> Iterator[Finding]:
             summary.name,
             f"{summary.name}: the latency {verb} by {abs(change):.1%} while it was measured, so "
             "that its median holds for no moment.",
-            "Let the machine reach a steady temperature, and fix its clocks.",
+            f"Let the machine reach a steady temperature, and fix its clocks: {_fix_clocks(row)}.",
         )
 
 
@@ -291,7 +301,9 @@ def _bimodal(row: Row, summary: RowSummary, _: Result) -> Iterator[Finding]:
             summary.name,
             f"{summary.name} has two modes, {fast:.3g} and {slow:.3g} ms ({found.slow_share:.0%} "
             "of the runs are slow): the median may be typical of neither.",
-            "Pin the row to cores of one kind with --devices cpu:A-B, and fix the clocks.",
+            f"Fix the clocks: {_fix_clocks(row)}."
+            if names_gpus(row.description.devices)
+            else "Pin the row to cores of one kind with --devices cpu:A-B, and fix the clocks.",
         )
 
 

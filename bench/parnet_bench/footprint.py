@@ -34,7 +34,8 @@ class Footprint:
         Most main memory that the row's process ever held, the interpreter and the runtime
         included; None where the system does not tell.
     peak_device_bytes
-        Most memory in use on the row's GPUs; None on the CPU, and where nothing tells.
+        Most memory that the row's process was seen to take of its GPUs, after each turn, as
+        the CUDA driver counts it; without the CUDA context itself. None on the CPU.
     """
 
     weights_bytes: int

@@ -23,6 +23,8 @@ class Job:
         Sizes of the symbolic dimensions of the inputs.
     lanes
         How many segments may run at the same time; None leaves it to the plan.
+    data_transfers
+        Whether inferences on GPUs copy their inputs there and their outputs back.
     """
 
     bundle: str
@@ -31,3 +33,4 @@ class Job:
     cores: tuple[int, ...]
     sizes: dict[str, int]
     lanes: int | None = None
+    data_transfers: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
@@ -17,19 +18,24 @@ from parnet_bench.row_devices import gpu_ordinals
 from parnet_bench.row_process import RowFailedError, RowProcess
 from parnet_bench.turn import TurnRequest
 from parnet_engines.clock import MonotonicClock
+from parnet_engines.cuda_devices import names_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from parnet_bench.device_figures import DeviceFigures
     from parnet_bench.environment import Environment
     from parnet_bench.measurement import Measurement, NextTurn
     from parnet_bench.peaks import Peaks
     from parnet_bench.procedure import Procedure
+    from parnet_bench.result import ProcessRecording
     from parnet_bench.rows import PlannedRow
     from parnet_bench.turn import Turn, Worker
     from parnet_export.errors import ParnetError
 
 _TIMELINE_RUNS = 10
+_SPLIT_RUNS = 50
+_SPLIT_LEAD_IN = 5
 _OVERHEAD_RUNS = 2000
 
 
@@ -71,7 +77,7 @@ def measure_rows(
     KeyboardInterrupt
         After Ctrl-C before the first round was complete. Later, the result is partial.
     """
-    run = _Run(rows)
+    run = _Run(rows, procedure)
     overhead_ns = harness_overhead_ns(rows[0].description.cores)
     measurement = measure(
         {row.description.name: row.description.batch for row in rows},
@@ -86,7 +92,7 @@ def measure_rows(
         if measurement.stopped == "interrupted":
             raise KeyboardInterrupt
         raise measurement.failures[0].error
-    result = run.result(measurement, procedure, environment)
+    result = run.result(measurement, environment)
     return replace(result, overhead_ns=overhead_ns, notes=notes, peaks=peaks)
 
 
@@ -108,10 +114,12 @@ def harness_overhead_ns(cores: tuple[int, ...], runs: int = _OVERHEAD_RUNS) -> t
 class _Run:
     """The rows while they are measured, and what is noted besides their latencies."""
 
-    def __init__(self, rows: Sequence[PlannedRow]) -> None:
+    def __init__(self, rows: Sequence[PlannedRow], procedure: Procedure) -> None:
+        self._procedure = procedure
         self._rows = {row.description.name: row for row in rows}
         self._activities: list[Activity] = []
         self._peak_bytes: dict[str, int] = {}
+        self._figures: defaultdict[str, list[DeviceFigures]] = defaultdict(list)
         self._timelines: dict[str, RowTimeline] = {}
         gpus = gpu_ordinals(row.description.devices for row in rows)
         self._energy = EnergyTally(find_meter(gpus))
@@ -126,6 +134,7 @@ class _Run:
             cores=row.description.cores,
             sizes=row.sizes,
             lanes=row.description.lanes,
+            data_transfers=self._procedure.data_transfers,
         )
         return _WatchedRow(name, job, self._energy, self._watch)
 
@@ -136,19 +145,20 @@ class _Run:
         peak = peak_host_bytes(worker.pid)
         if peak is not None:
             self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))
+        if names_gpus(self._rows[name].description.devices):
+            runs = TurnRequest(_SPLIT_RUNS, _SPLIT_LEAD_IN, l2_flush=self._procedure.l2_flush)
+            self._figures[name].append(worker.device_figures(runs))
         if name not in self._timelines:
             self._timelines[name] = worker.timeline(_TIMELINE_RUNS)
 
     def note_activity(self) -> None:
         self._activities.append(read_activity(self._watch.take()))
 
-    def result(
-        self, measurement: Measurement, procedure: Procedure, environment: Environment
-    ) -> Result:
+    def result(self, measurement: Measurement, environment: Environment) -> Result:
         names = list(measurement.recordings)
         rows = []
         for name, processes in measurement.recordings.items():
-            recording = Recording(processes)
+            recording = Recording(self._with_split(name, processes))
             rows.append(
                 Row(
                     self._rows[name].description,
@@ -160,7 +170,7 @@ class _Run:
             )
         return Result(
             environment=environment,
-            procedure=procedure,
+            procedure=self._procedure,
             stopped=measurement.stopped,
             orders=tuple(
                 tuple(tuple(names.index(name) for name in order) for order in orders)
@@ -179,16 +189,28 @@ class _Run:
             activities=tuple(self._activities),
         )
 
+    def _with_split(
+        self, name: str, processes: tuple[ProcessRecording, ...]
+    ) -> tuple[ProcessRecording, ...]:
+        """Return the processes with parts of inferences, where one has got so far."""
+        figures = self._figures[name]
+        return tuple(
+            replace(process, split=figures[number].split) if number < len(figures) else process
+            for number, process in enumerate(processes)
+        )
+
     def _footprint(self, name: str, recording: Recording) -> Footprint:
         row = self._rows[name]
+        figures = self._figures[name]
         sizes = graph_sizes(row.bundle, row.form_of_graph, row.description.batch)
         return Footprint(
             weights_bytes=sizes.weights_bytes,
             activation_bytes=sizes.activation_bytes,
             graph_bytes=sizes.graph_bytes,
-            engine_bytes=None,
+            engine_bytes=figures[0].engine_bytes if figures else None,
             load_ms=median(p.load_ms for p in recording.processes if p.load_ms is not None),
             peak_host_bytes=self._peak_bytes.get(name),
+            peak_device_bytes=max((one.peak_device_bytes for one in figures), default=None),
         )
 
 

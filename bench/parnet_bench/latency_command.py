@@ -15,6 +15,8 @@ from parnet_export import console, files
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parnet_bench.procedure import Procedure
     from parnet_bench.request import Request
     from parnet_bench.result import Result
@@ -25,7 +27,28 @@ FAILED_EXIT_CODE = 1
 """When some rows could not be measured."""
 
 
+_OF_ROUNDS = (
+    "in_flight",
+    "target_ci",
+    "max_time",
+    "min_time",
+    "processes",
+    "rounds",
+    "percentiles",
+    "interleave",
+    "l2_flush",
+    "data_transfers",
+    "csv",
+    "html",
+    "trace",
+)
+"""Parameters that say how rounds are measured and shown: a scenario has none."""
+
+_OF_SCENARIOS = ("target_qps", "target_latency", "break_rules_seconds")
+
+
 def latency(
+    context: typer.Context,
     targets: Annotated[
         list[str] | None,
         typer.Argument(
@@ -139,15 +162,44 @@ def latency(
         ),
     ] = True,
     l2_flush: Annotated[
-        bool, typer.Option("--l2-flush", help="Empty the last-level cache before each run.")
+        bool,
+        typer.Option(
+            "--l2-flush",
+            help="Empty the last-level cache, or the GPUs' L2 caches, before each run.",
+        ),
     ] = False,
     data_transfers: Annotated[
         bool,
         typer.Option(
             "--data-transfers/--no-data-transfers",
-            help="Whether latencies include copies to and from a GPU.",
+            help="Whether latencies include copies to and from GPUs.",
         ),
     ] = True,
+    scenario: Annotated[
+        Literal["single-stream", "multi-stream", "offline", "server"] | None,
+        typer.Option(
+            help="Let MLPerf's load generator drive each row, by its rules, instead of rounds; its "
+            "log is kept beside --output. Needs the extra `loadgen`."
+        ),
+    ] = None,
+    target_qps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Queries per second of --scenario server.", metavar="QPS"),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Another bound for --scenario server; breaks the rules.", metavar="MS"
+        ),
+    ] = None,
+    break_rules_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Run a --scenario for so long instead of 600 s; breaks the rules.",
+            metavar="S",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Of the order of the rows, and of random weights.")
     ] = 0,
@@ -171,6 +223,8 @@ def latency(
     Every round runs every row, in random order; all of it is repeated in fresh processes.
     Speed-ups are against the first row of the same batch size.
 
+    With --scenario, rows run under MLPerf's load generator instead, at least ten minutes each.
+
     Graphs of catalogue networks and checkpoints are kept in the folder that
     PARNET_EXPORT_CACHE names, by default ~/.cache/parnet-export.
     """
@@ -181,16 +235,10 @@ def latency(
     from parnet_bench.row_devices import check_devices
     from parnet_bench.table import render
 
-    check_devices(devices, threads=threads, data_transfers=data_transfers, l2_flush=l2_flush)
-    if not 0 < max_time < math.inf:
-        raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
-    if not 0 <= min_time < math.inf:
-        raise InputError("--min-time", f"{min_time} is not a time", "Give seconds, 0 or more")
-    if plan not in PLAN_NAMES and not Path(plan).is_file():
-        known = ", ".join(PLAN_NAMES)
-        raise InputError(
-            "--plan", f"{plan!r} is neither a plan nor a file", f"Use {known}, or a file"
-        )
+    _refuse(context, _OF_SCENARIOS if scenario is None else _OF_ROUNDS, scenario)
+    check_devices(devices, threads=threads, data_transfers=data_transfers)
+    _check_times(max_time, min_time)
+    _check_plan(plan)
     if ckpt is None and (arch or use_ema or activation != "auto"):
         option = "--arch" if arch else "--use-ema" if use_ema else "--activation"
         raise InputError(option, "says how --ckpt is read, which is not there", "Give --ckpt")
@@ -212,6 +260,12 @@ def latency(
         seed=seed,
         task=task,
     )
+    if scenario is not None:
+        from parnet_bench.loadgen_command import make_load, run_and_show
+
+        load = make_load(scenario, target_qps, target_latency, break_rules_seconds)
+        run_and_show(request, load, as_json=as_json, output=output)
+        return
     procedure = Procedure(
         processes=processes,
         target_ci=parse_share(target_ci),
@@ -222,6 +276,7 @@ def latency(
         interleave=interleave,
         in_flight=in_flight,
         l2_flush=l2_flush,
+        data_transfers=data_transfers,
         seed=seed,
     )
     try:
@@ -281,6 +336,34 @@ def parse_percentiles(text: str) -> tuple[float, ...]:
     return found
 
 
+def _refuse(context: typer.Context, parameters: Sequence[str], scenario: str | None) -> None:
+    """Refuse parameters that were given and cannot apply with a scenario, or without one."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in parameters and source and source.name == "COMMANDLINE":
+            is_off = parameter.secondary_opts and not context.params[parameter.name]
+            (option,) = parameter.secondary_opts if is_off else parameter.opts
+            if scenario is None:
+                raise InputError(option, "is of a --scenario, which is not there", "Give one")
+            problem = f"is of measuring in rounds, and --scenario {scenario} has none"
+            raise InputError(option, problem, "Leave it out")
+
+
+def _check_times(max_time: float, min_time: float) -> None:
+    if not 0 < max_time < math.inf:
+        raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
+    if not 0 <= min_time < math.inf:
+        raise InputError("--min-time", f"{min_time} is not a time", "Give seconds, 0 or more")
+
+
+def _check_plan(plan: str) -> None:
+    if plan not in PLAN_NAMES and not Path(plan).is_file():
+        known = ", ".join(PLAN_NAMES)
+        raise InputError(
+            "--plan", f"{plan!r} is neither a plan nor a file", f"Use {known}, or a file"
+        )
+
+
 def _write_files(
     result: Result, *, csv: Path | None, html: Path | None, trace: Path | None
 ) -> None:
@@ -301,21 +384,15 @@ def _write_files(
 def _measure(request: Request, procedure: Procedure) -> Result:
     from parnet_bench.environment import read_environment
     from parnet_bench.latency import measure_rows
-    from parnet_bench.peaks import measure_peaks
     from parnet_bench.progress import showing_progress
+    from parnet_bench.row_peaks import measure_row_peaks
     from parnet_bench.rows import plan_rows
-    from parnet_engines.cuda_devices import names_gpus
 
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
         rows, notes = plan_rows(request, Path(workspace), console.working)
-        with console.working("measuring what the cores can do at most"):
-            peaks = tuple(
-                measure_peaks(cores)
-                for cores in dict.fromkeys(
-                    row.description.cores for row in rows if not names_gpus(row.description.devices)
-                )
-            )
+        with console.working("measuring what the devices can do at most"):
+            peaks = measure_row_peaks(row.description for row in rows)
         with showing_progress() as observe:
             return measure_rows(
                 rows, procedure, environment, notes=notes, peaks=peaks, observe=observe

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from parnet_bench.cache_flush import CacheFlush
-from parnet_bench.result import RowTimeline
+from parnet_bench.device_figures import DeviceFigures
+from parnet_bench.result import RowTimeline, SplitTimes
+from parnet_bench.row_devices import gpu_ordinals
+from parnet_bench.row_gpus import RowGpus
 from parnet_bench.turn import one_at_a_time, several_in_flight
 from parnet_engines import program as program_file
 from parnet_engines import recording as recording_file
 from parnet_engines.check import CheckedProgram, checked
-from parnet_engines.cuda_devices import names_gpus
+from parnet_engines.cuda_devices import names_gpus, open_driver, parse_gpus
+from parnet_engines.cuda_session import CudaSession
 from parnet_engines.engine import NullEngine
 from parnet_engines.lowering import lower
 from parnet_engines.placement import Assignment, Lane, Placement
@@ -23,11 +27,13 @@ from parnet_export.samples import make_samples
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from parnet_bench.job import Job
     from parnet_bench.turn import Turn, TurnRequest
     from parnet_engines.base_session import AnySession
+    from parnet_engines.cuda_parts import PartTimes
 
 _TIMELINE_WARM_UP = 3
 
@@ -50,11 +56,13 @@ class LoadedRow:
         self._job = job
         self._bundle = open_bundle(Path(job.bundle)) if job.bundle else None
         self._in_flight = 1
+        self._flush: CacheFlush | None = None
+        self._gpus = _gpus(job)
         self._session = self._open()
         sample = next(make_samples(self._session.inputs, sizes=job.sizes))
         self._inputs = sample.inputs
-        self._flush: CacheFlush | None = None
         self._session.run(self._inputs)
+        self._runner: Callable[[], object] | None = None
 
     def take_turn(self, request: TurnRequest) -> Turn:
         """Run as often as asked; see `parnet_bench.turn.Worker.take_turn`."""
@@ -62,13 +70,46 @@ class LoadedRow:
             self._session.close()
             self._in_flight = request.in_flight
             self._session = self._open(request.in_flight)
-        session, inputs = self._session, self._inputs
+            self._runner = None
+        run = self._ready()
         if request.in_flight > 1:
-            return several_in_flight(lambda: session.run(inputs), request)
-        if request.l2_flush and self._flush is None:
-            self._flush = CacheFlush()
-        prepare = self._flush if request.l2_flush else None
-        return one_at_a_time(lambda: session.run(inputs), request, prepare=prepare)
+            turn = several_in_flight(run, request)
+        else:
+            turn = one_at_a_time(run, request, prepare=self._preparation(request))
+        if self._gpus is not None:
+            self._gpus.look()
+        return turn
+
+    def device_figures(self, request: TurnRequest) -> DeviceFigures:
+        """Time inferences part by part, and return this and what else GPUs tell.
+
+        Raises
+        ------
+        TypeError
+            When the row does not run on GPUs.
+        """
+        session, gpus = self._session, self._gpus
+        if not isinstance(session, CudaSession) or gpus is None:
+            raise TypeError("only rows on GPUs have figures of GPUs")
+        self._ready()
+        prepare = self._preparation(request)
+        times: list[PartTimes] = []
+        for _ in range(request.lead_in + request.runs):
+            if prepare is not None:
+                prepare()
+            times.append(session.time_parts(self._inputs if self._job.data_transfers else None))
+        recorded = times[request.lead_in :]
+        sizes = [file.size_bytes for file in session.engine_files]
+        return DeviceFigures(
+            split=SplitTimes(
+                **{
+                    part: (tuple(getattr(one, part) for one in recorded),)
+                    for part in SplitTimes.__slots__
+                }
+            ),
+            peak_device_bytes=gpus.peak_bytes,
+            engine_bytes=sum(sizes) if sizes else None,
+        )
 
     def timeline(self, runs: int) -> RowTimeline:
         """Record some inferences step by step, and return the one of median latency."""
@@ -91,6 +132,29 @@ class LoadedRow:
     def close(self) -> None:
         """Close the session."""
         self._session.close()
+        if self._gpus is not None:
+            self._gpus.close()
+
+    def _ready(self) -> Callable[[], object]:
+        """Return what runs one inference as the row is to be measured."""
+        session, inputs = self._session, self._inputs
+        if self._runner is None:
+            if isinstance(session, CudaSession) and not self._job.data_transfers:
+                session.upload(inputs)
+                self._runner = session.run_resident
+            else:
+                self._runner = lambda: session.run(inputs)
+        return self._runner
+
+    def _preparation(self, request: TurnRequest) -> Callable[[], object] | None:
+        """Return what comes before each inference, if anything does."""
+        if not request.l2_flush:
+            return None
+        if self._gpus is not None:
+            return self._gpus.empty_caches
+        if self._flush is None:
+            self._flush = CacheFlush()
+        return self._flush
 
     def _open(self, in_flight: int = 1, *, record: bool = False) -> AnySession:
         job = self._job
@@ -117,6 +181,13 @@ class LoadedRow:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _gpus(job: Job) -> RowGpus | None:
+    if not names_gpus(job.devices):
+        return None
+    driver = open_driver(parse_gpus(job.devices))
+    return RowGpus(driver, gpu_ordinals([job.devices]))
 
 
 def null_graph() -> StreamGraph:

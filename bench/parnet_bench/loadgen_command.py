@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from parnet_bench.environment import Environment
-    from parnet_bench.loadgen import Load, Outcome
+    from parnet_bench.loadgen import Load, Outcome, Scenario
+    from parnet_bench.request import Request
+    from parnet_bench.result import Form
     from parnet_bench.rows import PlannedRow
 
 KIND = "parnet-bench loadgen"
@@ -40,7 +42,8 @@ def loadgen(
         typer.Option(help="How queries arrive."),
     ] = "single-stream",
     devices: Annotated[
-        str, typer.Option(help="Where to run: cpu, or cores such as cpu:0,cpu:1.")
+        str,
+        typer.Option(help="Where to run: cpu, cores such as cpu:0,cpu:1, or GPUs such as 0,1,2."),
     ] = "cpu",
     threads: Annotated[
         int | None,
@@ -96,26 +99,11 @@ def loadgen(
 
     Takes at least ten minutes for each form of each target. Needs the extra `loadgen`.
     """
-    from parnet_bench.environment import read_environment
-    from parnet_bench.loadgen import Load, import_loadgen
     from parnet_bench.request import Request
-    from parnet_bench.rows import plan_rows
-    from parnet_engines.devices import parse_devices
-    from parnet_export import console, files
-    from parnet_export.errors import InputError
+    from parnet_bench.row_devices import check_devices
 
-    import_loadgen()
-    if scenario == "server" and target_qps is None:
-        raise InputError(
-            "--scenario server", "takes a number of queries per second", "Give --target-qps"
-        )
-    cores = sum(len(device.cores) for device in parse_devices(devices))
-    if threads is not None and threads > cores:
-        raise InputError("--threads", f"{devices} has {cores} usable cores", "Use fewer")
-    if output is not None:
-        files.require_writable(output)
-    place = logs or (output.with_suffix(".loadgen") if output else Path(f"loadgen-{scenario}"))
-    environment = read_environment()
+    load = make_load(scenario, target_qps, target_latency, break_rules_seconds)
+    check_devices(devices, threads=threads)
     request = Request(
         targets=tuple(targets),
         batches=() if batch is None else (batch,),
@@ -125,8 +113,85 @@ def loadgen(
         threads=threads,
         seed=seed,
     )
+    run_and_show(request, load, form=form, logs=logs, as_json=as_json, output=output)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module to a command line."""
+    app.command()(loadgen)
+
+
+def make_load(
+    scenario: Scenario,
+    target_qps: float | None,
+    target_latency_ms: float | None,
+    seconds: float | None,
+) -> Load:
+    """Return what the options of a command line ask of the load generator.
+
+    Raises
+    ------
+    InputError
+        When the scenario takes an option that is not there, or does not take one that is.
+    MissingBackendError
+        When the load generator is not installed.
+    """
+    from parnet_bench.loadgen import Load, import_loadgen
+    from parnet_export.errors import InputError
+
+    import_loadgen()
+    given = {"--target-qps": target_qps, "--target-latency": target_latency_ms}
+    if scenario != "server":
+        for option, value in given.items():
+            if value is not None:
+                problem = f"is of the server scenario, and this one is {scenario}"
+                raise InputError(option, problem, "Leave it out")
+    elif target_qps is None:
+        problem = "takes a number of queries per second"
+        raise InputError("--scenario server", problem, "Give --target-qps")
+    return Load(scenario, 0.0, 1, target_qps, target_latency_ms, seconds)
+
+
+def run_and_show(
+    request: Request,
+    load: Load,
+    *,
+    form: Form | None = None,
+    logs: Path | None = None,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Run the rows of a request one after the other, and show what the load generator reports.
+
+    Parameters
+    ----------
+    request
+        The rows.
+    load
+        What is asked of the load generator; each row's batch and latency are filled in.
+    form
+        Run rows of this form only.
+    logs
+        Folder for the load generator's logs; by default beside `output`.
+    as_json, output
+        As of every command whose result is a table.
+
+    Raises
+    ------
+    ParnetError
+        When a row cannot be made, loaded or run.
+    """
+    from parnet_bench.environment import read_environment
+    from parnet_bench.rows import plan_rows
+    from parnet_export import console, files
+    from parnet_export.errors import InputError
+
+    if output is not None:
+        files.require_writable(output)
+    place = logs or (output.with_suffix(".loadgen") if output else Path(f"loadgen-{load.scenario}"))
+    environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:
-        planned, _ = plan_rows(request, Path(workspace), console.working)
+        planned, notes = plan_rows(request, Path(workspace), console.working)
         rows = [row for row in planned if form in {None, row.description.form}]
         if not rows:
             raise InputError(
@@ -134,24 +199,12 @@ def loadgen(
             )
         results = []
         for row in rows:
-            load = Load(
-                scenario,
-                expected_ms=0.0,
-                batch=row.description.batch,
-                target_qps=target_qps,
-                target_latency_ms=target_latency,
-                seconds=break_rules_seconds,
-            )
-            with console.working(f"{scenario}: {row.description.name}"):
-                results.append(_run(row, load, place))
-    shown = _render(results, scenario)
-    console.show(_as_dict(environment, results), shown, as_json=as_json, output=output)
+            with console.working(f"{load.scenario}: {row.description.name}"):
+                results.append(_run(row, replace(load, batch=row.description.batch), place))
+    shown = _render(results, load.scenario, notes)
+    document = _as_dict(environment, results, notes)
+    console.show(document, shown, as_json=as_json, output=output)
     console.note(f"logs are in {place}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this module to a command line."""
-    app.command()(loadgen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +235,9 @@ def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
     return _Run(row, load, read_outcome(folder, load.scenario), folder)
 
 
-def _as_dict(environment: Environment, runs: Sequence[_Run]) -> dict[str, Any]:
+def _as_dict(
+    environment: Environment, runs: Sequence[_Run], notes: Sequence[str]
+) -> dict[str, Any]:
     import msgspec
 
     return {
@@ -202,10 +257,11 @@ def _as_dict(environment: Environment, runs: Sequence[_Run]) -> dict[str, Any]:
             }
             for run in runs
         ],
+        "notes": list(notes),
     }
 
 
-def _render(runs: Sequence[_Run], scenario: str) -> Group:
+def _render(runs: Sequence[_Run], scenario: str, notes: Sequence[str]) -> Group:
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -237,4 +293,5 @@ def _render(runs: Sequence[_Run], scenario: str) -> Group:
         remarks.append(f"Random weights: {', '.join(names)}.")
     if any(run.outcome.latency_ms is not None and not run.outcome.is_estimate for run in runs):
         remarks.append("Latencies are plain percentiles, not early-stopping estimates.")
+    remarks += notes
     return Group(table, *(Text(printable(remark)) for remark in remarks))

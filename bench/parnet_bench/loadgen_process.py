@@ -203,13 +203,18 @@ def main() -> None:
 
 def serve(work: ScenarioJob) -> None:
     """Load the row and run its test; the log is in the job's folder afterwards."""
-    from parnet_engines.session import Session
+    from parnet_engines.cuda_devices import names_gpus
+    from parnet_engines.session import PLANS, Session
 
     module = generator.import_loadgen()
     job, folder = work.job, Path(work.folder)
     use_cores(job.cores)
     opened = Session.open(
-        job.bundle, job.devices, plan=_plan(job), lanes=job.lanes, threads=len(job.cores)
+        job.bundle,
+        job.devices,
+        plan=job.plan if job.plan in PLANS else Path(job.plan),
+        lanes=job.lanes,
+        threads=None if names_gpus(job.devices) else len(job.cores),
     )
     with opened as session:
         load = work.load
@@ -228,10 +233,6 @@ def serve(work: ScenarioJob) -> None:
         module.DestroySUT(sut)
         if system.failure is not None:
             raise system.failure
-
-
-def _plan(job: Job) -> Any:
-    return job.plan if job.plan in {"whole", "streams", "authors"} else Path(job.plan)
 
 
 def _pilot_ms(session: AnySession, sizes: Mapping[str, int]) -> float:

@@ -25,6 +25,7 @@ _STEAL_COLUMN = (
 )
 _STEAL_COLUMNS = 8  # guest times, which follow, are part of user times
 _SAMPLE_S = 1.0
+_MW_PER_W = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class GpuState:
         What holds the clocks down: power, heat, or the like; empty while nothing does.
     processes
         How many processes use the GPU.
+    temperature_c
+        Of the chip, in degrees Celsius.
+    power_w
+        What the board takes, in watts.
     """
 
     index: int
@@ -55,6 +60,8 @@ class GpuState:
     max_clock_mhz: int | None
     slowed_by: tuple[str, ...]
     processes: int | None
+    temperature_c: int | None = None
+    power_w: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +261,22 @@ def gpu_states(nvml: Any) -> tuple[GpuState, ...]:
     return tuple(_gpu(nvml, index, driver) for index in range(count))
 
 
+def heat_of(gpu: GpuState) -> tuple[str, ...]:
+    """Return a GPU's temperature and power for people, as far as they are known."""
+    facts = []
+    if gpu.temperature_c is not None:
+        facts.append(f"{gpu.temperature_c} \N{DEGREE SIGN}C")
+    if gpu.power_w is not None:
+        facts.append(f"{gpu.power_w:.0f} W")
+    return tuple(facts)
+
+
 def _gpu(nvml: Any, index: int, driver: str) -> GpuState:
     device = nvml.nvmlDeviceGetHandleByIndex(index)
     persistence = _asked(nvml, lambda: nvml.nvmlDeviceGetPersistenceMode(device))
     processes = _asked(nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses(device))
     reasons = _asked(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)) or 0
+    power_mw = _asked(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(device))
     slowing = {
         "its power limit": nvml.nvmlClocksThrottleReasonSwPowerCap,
         "heat": nvml.nvmlClocksThrottleReasonSwThermalSlowdown
@@ -276,6 +294,10 @@ def _gpu(nvml: Any, index: int, driver: str) -> GpuState:
         ),
         slowed_by=tuple(name for name, mask in slowing.items() if reasons & mask),
         processes=None if processes is None else len(processes),
+        temperature_c=_asked(
+            nvml, lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
+        ),
+        power_w=None if power_mw is None else power_mw / _MW_PER_W,
     )
 
 

@@ -43,6 +43,8 @@ def _lines(page: PageView) -> Iterator[str]:
     for row in page.rows:
         if row.timeline:
             yield f"- {markdown_text(row.name)}: {markdown_text(row.timeline.facts)}"
+    if page.parts:
+        yield from _table("Parts of an inference", page.parts)
     yield from _table("More than time", page.costs)
     yield from _table("All figures", page.figures)
     yield from ("", "## How it was measured", "", "```", page.command, "```", "")

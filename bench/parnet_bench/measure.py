@@ -23,7 +23,7 @@ import numpy as np
 
 from parnet_bench.measurement import Measurement, NextTurn, RowFailure
 from parnet_bench.precision import Precision
-from parnet_bench.result import Pipelined, ProcessRecording, SplitTimes
+from parnet_bench.result import Pipelined, ProcessRecording
 from parnet_bench.turn import Turn, TurnRequest, Worker
 from parnet_bench.warm_up import WarmUp, warm_up
 from parnet_export.errors import ParnetError
@@ -379,17 +379,5 @@ def _recording(generation: _Generation, name: str, procedure: Procedure) -> Proc
         )
         if pipelined
         else None,
-        split=_split(turns),
         load_ms=generation.workers[name].load_ms,
-    )
-
-
-def _split(turns: Sequence[Turn]) -> SplitTimes | None:
-    if not all(turn.parts for turn in turns):
-        return None
-    return SplitTimes(
-        *(
-            tuple(tuple(getattr(part, name) for part in turn.parts) for turn in turns)
-            for name in SplitTimes.__slots__
-        )
     )

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parnet_bench.activity import extremes
+from parnet_bench.machine_state import heat_of
 from parnet_bench.used_runtimes import used_runtimes
 from parnet_export.console import format_bytes, format_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from parnet_bench.machine_state import GpuState
     from parnet_bench.result import Result
 
 _NS_PER_US = 1000
@@ -46,6 +49,8 @@ def facts_of(result: Result) -> Iterator[tuple[str, str]]:
     order = "in random order, one after the other" if result.procedure.interleave else "row by row"
     yield "order", f"rows took turns {order}; seed {result.procedure.seed}"
     yield "stopped because", _STOPPED[result.stopped]
+    if result.procedure.remarks:
+        yield "latencies", " ".join(result.procedure.remarks)
     shapes = dict.fromkeys(
         f"{tensor.name} {format_shape(tensor.shape)} {tensor.dtype}"
         for row in result.rows
@@ -57,6 +62,7 @@ def facts_of(result: Result) -> Iterator[tuple[str, str]]:
         overhead_us = float(np.median(result.overhead_ns)) / _NS_PER_US
         yield "harness overhead", f"{overhead_us:.1f} us a sample, by an engine that does nothing"
     yield "processor", environment.cpu_model
+    yield from _gpus(result)
     physical = environment.physical_cores
     counts = f"{environment.logical_cores} logical, {physical or 'unknown'} physical"
     yield "cores", f"{counts}; usable {', '.join(map(str, environment.affinity))}"
@@ -69,3 +75,14 @@ def facts_of(result: Result) -> Iterator[tuple[str, str]]:
     yield "libraries", ", ".join(f"{name} {v}" for name, v in environment.libraries.items())
     for index, note in enumerate(result.notes):
         yield "note" if index == 0 else "", note
+
+
+def _gpus(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield each GPU with the lowest clock and the highest temperature that were noted."""
+    seen: dict[int, GpuState] = {}
+    for state in (gpu for activity in result.activities for gpu in activity.gpus):
+        seen[state.index] = extremes(seen.get(state.index, state), state)
+    for index, gpu in seen.items():
+        clocks = f"{gpu.clock_mhz} of {gpu.max_clock_mhz} MHz at least" if gpu.clock_mhz else ""
+        facts = (gpu.name, f"driver {gpu.driver}", clocks, *heat_of(gpu))
+        yield f"GPU {index}", ", ".join(filter(None, facts))

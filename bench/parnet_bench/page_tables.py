@@ -14,6 +14,7 @@ from parnet_bench.cost_columns import (
     remarks_on_costs,
     used_columns,
 )
+from parnet_bench.split_cells import REMARK_ON_PARTS, SPLIT_HEADINGS, split_cells
 from parnet_export.console import format_ms
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from parnet_bench.result import Result
     from parnet_bench.statistics import Interval
-    from parnet_bench.summary import PercentileSummary, RowSummary, SplitSummary
+    from parnet_bench.summary import PercentileSummary, RowSummary
 
 _MEDIAN = 50
 
@@ -47,6 +48,14 @@ def cost_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     )
 
 
+def part_table(summaries: Sequence[RowSummary]) -> TableView | None:
+    """Return the medians of the parts of an inference; None where no row tells any."""
+    if not any(summary.split for summary in summaries):
+        return None
+    rows = [(Cell(summary.name), *map(Cell, split_cells(summary.split))) for summary in summaries]
+    return TableView(("row", *SPLIT_HEADINGS), tuple(rows), (REMARK_ON_PARTS,))
+
+
 def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     """Return all figures of all rows' latencies and throughputs."""
     percents = [p.percent for p in summaries[0].percentiles if p.percent != _MEDIAN]
@@ -56,14 +65,11 @@ def figure_table(result: Result, summaries: Sequence[RowSummary]) -> TableView:
     is_pipelined = any(summary.pipelined for summary in summaries)
     if is_pipelined:
         headings += ["in flight", "samples/s then"]
-    is_split = any(summary.split for summary in summaries)
-    if is_split:
-        headings += ["to device", "compute", "to host", "enqueue"]
     rows = [
         (
             Cell(summary.name),
             Cell(row.description.provenance.weights),
-            *map(Cell, _figures(summary, is_pipelined=is_pipelined, is_split=is_split)),
+            *map(Cell, _figures(summary, is_pipelined=is_pipelined)),
         )
         for row, summary in zip(result.rows, summaries, strict=True)
     ]
@@ -80,7 +86,7 @@ def range_ms(interval: Interval | None) -> str:
     return "" if interval is None else f"{bare_ms(interval.low)} to {format_ms(interval.high)}"
 
 
-def _figures(summary: RowSummary, *, is_pipelined: bool, is_split: bool) -> Iterator[str]:
+def _figures(summary: RowSummary, *, is_pipelined: bool) -> Iterator[str]:
     yield bare_ms(summary.median_ms)
     yield range_ms(summary.median_interval_ms).removesuffix(" ms") or NONE
     yield from (bare_ms(value) for value in (summary.mad_ms, summary.min_ms, summary.max_ms))
@@ -91,18 +97,6 @@ def _figures(summary: RowSummary, *, is_pipelined: bool, is_split: bool) -> Iter
         pipelined = summary.pipelined
         yield str(pipelined.in_flight) if pipelined else NONE
         yield f"{pipelined.samples_per_s:,.1f}" if pipelined else NONE
-    if is_split:
-        yield from _split(summary.split)
-
-
-def _split(split: SplitSummary | None) -> Iterator[str]:
-    if split is None:
-        yield from (NONE,) * 4
-        return
-    yield bare_ms(split.host_to_device_ms)
-    yield bare_ms(split.compute_ms)
-    yield bare_ms(split.device_to_host_ms)
-    yield bare_ms(split.enqueue_ms)
 
 
 def _percentile(entry: PercentileSummary) -> str:

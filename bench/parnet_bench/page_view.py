@@ -12,7 +12,7 @@ import numpy as np
 from parnet_bench import chart_svg, row_charts
 from parnet_bench.findings import find
 from parnet_bench.page_facts import facts_of, lead_of
-from parnet_bench.page_tables import bare_ms, cost_table, figure_table, range_ms
+from parnet_bench.page_tables import bare_ms, cost_table, figure_table, part_table, range_ms
 from parnet_bench.published_accuracy import published_accuracy
 from parnet_bench.row_timeline_view import RowTimelineView, timeline_view
 from parnet_bench.scatter_chart import Point, Scatter, scatter
@@ -108,6 +108,7 @@ class PageView:
     latency_axis: str
     ratio_axis: str
     scatters: tuple[ScatterView, ...]
+    parts: TableView | None
     costs: TableView
     figures: TableView
     command: str
@@ -143,6 +144,7 @@ def view_of(result: Result) -> PageView:
         latency_axis=chart_svg.axis(latencies, _MILLISECONDS),
         ratio_axis=chart_svg.axis(ratios, "times as fast as the reference") if compared else "",
         scatters=tuple(_scatters(result, summaries)),
+        parts=part_table(summaries),
         costs=cost_table(result, summaries),
         figures=figure_table(result, summaries),
         command=shlex.join(result.environment.command),

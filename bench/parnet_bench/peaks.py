@@ -23,9 +23,14 @@ import numpy as np
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
+
+    from parnet_export.bundle import Precision
+
+DEFAULT_PRECISION: Precision = "fp32"
+"""Of the products that rows are compared with that do not tell their precision."""
 
 _SIDE = 1536
 """Of the matrices. Their 28 MB are reused so often that memory is not the limit."""
@@ -40,12 +45,12 @@ _NS_PER_S = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """The most that a number of CPU threads reached.
+    """The most that a number of CPU threads, or some GPUs, reached.
 
     Parameters
     ----------
     threads
-        How many threads, one for each core.
+        How many threads, one for each core; 0 of GPUs.
     flops_per_s
         Floating-point operations per second of a matrix product in `precision`; None where
         no runtime is installed that could run it.
@@ -55,6 +60,8 @@ class Peaks:
         Element type of the matrix product.
     how
         How it was measured, for people.
+    devices
+        The GPUs, as rows name them; empty of CPU threads. What several reach is added up.
     """
 
     threads: int
@@ -62,6 +69,7 @@ class Peaks:
     copy_bytes_per_s: float
     precision: str
     how: str
+    devices: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +133,23 @@ def measure_peaks(cores: Sequence[int]) -> Peaks:
     ParnetError
         When the process cannot measure, as where memory runs out.
     """
+    return run_probe(__name__, map(str, cores), "the processor's peaks")
+
+
+def run_probe(module: str, arguments: Iterable[str], what: str) -> Peaks:
+    """Run a module that prints peaks as JSON, in a process of its own.
+
+    Raises
+    ------
+    ParnetError
+        When it fails; `what` says what it was to measure.
+    """
     done = subprocess.run(  # noqa: S603 -- our own module and numbers
-        [sys.executable, "-P", "-m", __name__, *map(str, cores)],
-        capture_output=True,
-        check=False,
+        [sys.executable, "-P", "-m", module, *arguments], capture_output=True, check=False
     )
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise ParnetError(f"The probe of the processor's peaks failed: {last[0]}.")
+        raise ParnetError(f"The probe of {what} failed: {last[0]}.")
     return msgspec.json.decode(done.stdout, type=Peaks)
 
 

@@ -92,7 +92,10 @@ class Procedure:
     percentiles
         Which percentiles of the latencies to state, each between 0 and 100.
     l2_flush
-        Whether the last-level cache is emptied before each run.
+        Whether caches are emptied before each run: the CPU's last-level cache, or the L2
+        caches of the row's GPUs.
+    data_transfers
+        Whether latencies on GPUs include copies from and to the host.
     seed
         Seed of the order within the rounds.
     settling
@@ -112,8 +115,22 @@ class Procedure:
     in_flight: int = 2
     percentiles: tuple[float, ...] = (50.0, 90.0, 99.0)
     l2_flush: bool = False
+    data_transfers: bool = True
     seed: int = 0
     settling: Settling = field(default_factory=Settling)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What latencies have in them, where that is not the usual, one sentence each."""
+        found = []
+        if not self.data_transfers:
+            found.append(
+                "Latencies leave out copies between the host and GPUs: inputs and outputs stay "
+                "there."
+            )
+        if self.l2_flush:
+            found.append("Caches were emptied before each inference, outside of its latency.")
+        return tuple(found)
 
     def __post_init__(self) -> None:
         for value, what in (

@@ -83,16 +83,17 @@ class RowDescription:
 
 @dataclass(frozen=True, slots=True)
 class SplitTimes:
-    """Parts of each one-in-flight run, for backends that can tell them apart.
+    """Parts of inferences, one in flight, for backends that can tell them apart.
 
-    The rounds are those of `ProcessRecording.rounds_ns`, run by run.
+    These inferences are none of those in `ProcessRecording.rounds_ns`: telling the parts
+    apart costs time, so that they are run by themselves, after the rounds.
 
     Parameters
     ----------
     host_to_device_ns, compute_ns, device_to_host_ns
         By the device's own clock, such as CUDA timing events.
     enqueue_ns
-        How long the host took to hand the work out.
+        How long the host took to hand the computation out.
     """
 
     host_to_device_ns: Rounds
@@ -136,7 +137,7 @@ class ProcessRecording:
     pipelined
         The same with several in flight; None where that was not measured.
     split
-        Parts of the runs in `rounds_ns`; None where the backend cannot tell.
+        Parts of further inferences; None where the backend cannot tell.
     load_ms
         From starting the process to its first result; None where nobody has looked.
     """

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def check_devices(
-    devices: str, *, threads: int | None, data_transfers: bool, l2_flush: bool
-) -> None:
+def check_devices(devices: str, *, threads: int | None, data_transfers: bool = True) -> None:
     """Refuse what cannot be measured on some devices, before anything is exported.
 
     Raises
@@ -26,12 +24,6 @@ def check_devices(
     """
     if names_gpus(devices):
         open_driver(parse_gpus(devices))
-        if not data_transfers:
-            problem = "latencies on GPUs include copies of inputs and outputs in this version"
-            raise InputError("--no-data-transfers", problem, "Leave it out")
-        if l2_flush:
-            problem = "empties the caches of the CPU, and not those of a GPU"
-            raise InputError("--l2-flush", problem, "Leave it out")
         return
     found = parse_devices(devices, threads=threads)
     cores = sum(len(device.cores) for device in found)

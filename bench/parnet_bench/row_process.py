@@ -17,6 +17,7 @@ from parnet_export.errors import ParnetError
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from parnet_bench.device_figures import DeviceFigures
     from parnet_bench.job import Job
     from parnet_bench.result import RowTimeline
     from parnet_bench.turn import Turn, TurnRequest
@@ -97,6 +98,24 @@ class RowProcess:
         if turn is None:
             raise AssertionError("a worker answers a request for a turn by a turn")
         return turn
+
+    def device_figures(self, request: TurnRequest) -> DeviceFigures:
+        """Return what a row on GPUs tells besides latencies.
+
+        Parameters
+        ----------
+        request
+            The inferences to time part by part.
+
+        Raises
+        ------
+        RowFailedError
+            When the row fails.
+        """
+        figures = self._awake(Request(figures=request)).figures
+        if figures is None:
+            raise AssertionError("a worker answers a request for figures by figures")
+        return figures
 
     def timeline(self, runs: int) -> RowTimeline:
         """Record some inferences step by step, and return the one of median latency.

@@ -15,6 +15,7 @@ from parnet_bench.cost_columns import (
     used_columns,
 )
 from parnet_bench.findings import find
+from parnet_bench.split_cells import REMARK_ON_PARTS, SPLIT_HEADINGS, split_cells
 from parnet_bench.summary import RowSummary, summarise
 from parnet_export.console import (
     format_count,
@@ -61,6 +62,8 @@ def render(result: Result) -> Group:
         for line in warning_lines(find(result))
     ]
     tables = [_latencies(summaries), _networks(result, summaries)]
+    if any(summary.split for summary in summaries):
+        tables.append(_parts(summaries))
     if any(row.footprint for row in result.rows):
         costs = costs_of(result, summaries)
         tables.append(_resources(costs))
@@ -107,6 +110,9 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
             f"Latencies are those of one inference at a time; samples/s are those of "
             f"{pipelined.in_flight} in flight."
         )
+    yield from result.procedure.remarks
+    if any(summary.split for summary in summaries):
+        yield REMARK_ON_PARTS
     if result.overhead_ns:
         overhead_us = float(np.median(result.overhead_ns)) / _NS_PER_US
         yield f"Harness and session add {overhead_us:.1f} us to a latency."
@@ -178,6 +184,14 @@ def _networks(result: Result, summaries: Sequence[RowSummary]) -> Table:
             shapes,
         ]
         table.add_row(*cells[: len(table.columns)])
+    return table
+
+
+def _parts(summaries: Sequence[RowSummary]) -> Table:
+    """Return the medians of the parts of an inference, in milliseconds."""
+    table = _table(*SPLIT_HEADINGS)
+    for row in summaries:
+        table.add_row(printable(row.name), *split_cells(row.split))
     return table
 
 

@@ -29,23 +29,13 @@ class TurnRequest:
     in_flight
         Inferences under way at the same time.
     l2_flush
-        Whether to empty the last-level cache before each run.
+        Whether to empty caches before each run; see `parnet_bench.procedure.Procedure`.
     """
 
     runs: int
     lead_in: int = 0
     in_flight: int = 1
     l2_flush: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PartTimes:
-    """Parts of one run, in nanoseconds; see `parnet_bench.result.SplitTimes`."""
-
-    host_to_device_ns: int
-    compute_ns: int
-    device_to_host_ns: int
-    enqueue_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +48,10 @@ class Turn:
         Of each recorded run.
     elapsed_ns
         From handing the first recorded run over to having the outputs of the last one.
-    parts
-        Of each recorded run; empty where the backend cannot tell them apart.
     """
 
     latencies_ns: tuple[int, ...]
     elapsed_ns: int
-    parts: tuple[PartTimes, ...] = ()
 
 
 class Worker(Protocol):

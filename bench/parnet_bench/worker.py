@@ -17,6 +17,7 @@ from typing import IO
 import msgspec
 
 # msgspec reads the annotations of the dataclasses below at run time.
+from parnet_bench.device_figures import DeviceFigures  # noqa: TC001
 from parnet_bench.job import Job
 from parnet_bench.own_process import end_with_parent, use_cores
 from parnet_bench.result import RowTimeline  # noqa: TC001
@@ -26,17 +27,20 @@ from parnet_export.errors import ParnetError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask for a turn, or for a timeline.
+    """Ask for a turn, for the figures of GPUs, or for a timeline.
 
     Parameters
     ----------
     turn
         The turn to take.
+    figures
+        Otherwise, the inferences to time part by part on the row's GPUs.
     timeline_runs
         Otherwise, how many inferences to record step by step.
     """
 
     turn: TurnRequest | None = None
+    figures: TurnRequest | None = None
     timeline_runs: int = 0
 
 
@@ -50,6 +54,8 @@ class Reply:
     ----------
     turn
         The turn that was asked for.
+    figures
+        The figures that were asked for.
     timeline
         The timeline that was asked for.
     error
@@ -59,6 +65,7 @@ class Reply:
     """
 
     turn: Turn | None = None
+    figures: DeviceFigures | None = None
     timeline: RowTimeline | None = None
     error: str = ""
     exit_code: int = 0
@@ -88,6 +95,8 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             request = msgspec.json.decode(line, type=Request)
             if request.turn is not None:
                 _send(replies, Reply(turn=row.take_turn(request.turn)))
+            elif request.figures is not None:
+                _send(replies, Reply(figures=row.device_figures(request.figures)))
             else:
                 _send(replies, Reply(timeline=row.timeline(request.timeline_runs)))
 

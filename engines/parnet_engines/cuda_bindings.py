@@ -127,6 +127,11 @@ class BindingsDriver:
         """See `CudaDriver.elapsed_ms`."""
         return float(self._call_on(device, "cuEventElapsedTime", begin, end))
 
+    def free_bytes(self, device: int) -> int:
+        """See `CudaDriver.free_bytes`."""
+        free_bytes, _ = self._call_on(device, "cuMemGetInfo")
+        return int(free_bytes)
+
     def allocate(self, device: int, size_bytes: int) -> int:
         """See `CudaDriver.allocate`."""
         return int(self._call_on(device, "cuMemAlloc", size_bytes))
@@ -259,17 +264,21 @@ class BindingsDriver:
     def _gpu(self, ordinal: int) -> Gpu:
         device = self._device(ordinal)
         kinds = self._cuda.CUdevice_attribute
-        major = kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        minor = kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
         name = self._call("cuDeviceGetName", _NAME_BYTES, device)
-        capability = tuple(
-            int(self._call("cuDeviceGetAttribute", k, device)) for k in (major, minor)
+        major, minor, l2_cache_bytes = (
+            int(self._call("cuDeviceGetAttribute", kind, device))
+            for kind in (
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                kinds.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
+            )
         )
         return Gpu(
             ordinal,
             name.split(b"\0")[0].decode(),
-            (capability[0], capability[1]),
+            (major, minor),
             int(self._call("cuDeviceTotalMem", device)),
+            l2_cache_bytes,
         )
 
     def _device(self, ordinal: int) -> Any:

@@ -53,12 +53,15 @@ class Gpu:
         Major and minor, such as ``(9, 0)``.
     memory_bytes
         All of its memory.
+    l2_cache_bytes
+        Its L2 cache; 0 where that is not known.
     """
 
     ordinal: int
     name: str
     compute_capability: tuple[int, int]
     memory_bytes: int
+    l2_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,9 @@ class CudaDriver(Protocol):
 
     def elapsed_ms(self, device: int, begin: int, end: int) -> float:
         """Return the milliseconds between two events of a device that have been reached."""
+
+    def free_bytes(self, device: int) -> int:
+        """Return how much of a device's memory no process uses; its context is retained."""
 
     def allocate(self, device: int, size_bytes: int) -> int:
         """Return the address of new memory of a device."""

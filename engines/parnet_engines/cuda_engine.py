@@ -9,6 +9,7 @@ from parnet_engines.tensor_layout import TensorLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from parnet_export.stream_graph import TensorSpec
 
@@ -46,6 +47,22 @@ class DeviceTensor:
         return self.layout.size_bytes(self.shape, self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """A file that an engine was loaded from.
+
+    Parameters
+    ----------
+    path
+        Where it lies.
+    size_bytes
+        Its size.
+    """
+
+    path: Path
+    size_bytes: int
+
+
 class CudaEngine(Protocol):
     """A segment in executable form on one GPU.
 
@@ -67,6 +84,10 @@ class CudaEngine(Protocol):
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the engine produces."""
+
+    @property
+    def file(self) -> EngineFile | None:
+        """The file with the engine in it; None for runtimes that make it anew each time."""
 
     def layout(self, tensor: str) -> TensorLayout:
         """Return the layout in which the engine reads or writes one of its tensors."""

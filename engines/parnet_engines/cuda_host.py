@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parnet_engines.cuda_clocks import CudaClocks
 from parnet_engines.cuda_driver import CudaError, on_device
 from parnet_engines.cuda_engine import DeviceTensor
 from parnet_engines.cuda_lanes import CudaLanes
 from parnet_engines.cuda_launch import Launcher
 from parnet_engines.cuda_memory import Region, allocate_buffers, array_at, find_layouts, from_layout
+from parnet_engines.cuda_parts import PartTimers
 from parnet_engines.cuda_resources import CudaResources
 from parnet_engines.program import Run
-from parnet_engines.recording import span_of
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from parnet_engines.clock import Clock
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine
+    from parnet_engines.cuda_parts import PartTimes
     from parnet_engines.execution import Execution
     from parnet_engines.recording import Span
 
@@ -121,9 +123,11 @@ class CudaHost:
         lanes.prepare_detours(self._regions)
         self._arrived = resources.create_event(lanes.home)
         self._left = resources.create_event(lanes.home)
-        self._zeros = {
-            device: resources.create_event(device, timing=True) for device in lanes.devices if timed
-        }
+        self._clocks = (
+            CudaClocks(program, lanes, self._driver, resources, self._clock)
+            if self._clock is not None
+            else None
+        )
         self._inputs = tuple(self._pinned(name) for name in program.inputs)
         self._outputs = tuple(self._pinned(name) for name in program.outputs)
         self._interface = (*program.inputs, *program.outputs)
@@ -161,6 +165,14 @@ class CudaHost:
         return self._execution
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the network's inputs, then its outputs, lie in the origin's device.
+
+        Given to `run`, they keep it from copying anything from and to the host.
+        """
+        return self._own_place
+
+    @property
     def regions(self) -> Mapping[str, Region]:
         """Where the program's buffers lie."""
         return self._regions
@@ -173,6 +185,7 @@ class CudaHost:
         outputs: Sequence[int | None] = (),
         stream: int | None = None,
         after: Iterable[int] = (),
+        timed: bool = False,
     ) -> tuple[Span, ...]:
         """Execute the program once.
 
@@ -191,6 +204,8 @@ class CudaHost:
             afterwards begins after the inference.
         after
             CUDA streams of the origin's device whose work so far comes before the inference.
+        timed
+            Whether to time the parts of the inference, for `part_times`.
 
         Returns
         -------
@@ -219,22 +234,35 @@ class CudaHost:
         )
         place, copied = self._place(given)
         launch, _ = self._launches[place]
-        began_ns = self._synchronise_clocks()
+        if self._clocks:
+            self._clocks.synchronise()
         lanes = self._lanes
         with on_device(self._driver, lanes.home):
             for earlier in (*after, *(() if stream is None else (stream,))):
                 self._driver.record_event(self._arrived, earlier)
                 self._driver.wait_event(lanes.origin, self._arrived)
-            self._copy_in(given, copied)
-            launch()
-            self._copy_out(given, copied)
+            if timed:
+                copy_in = partial(self._copy_in, given, copied)
+                copy_out = partial(self._copy_out, given, copied)
+                self._part_timers.enqueue(lanes.origin, copy_in, launch, copy_out)
+            else:
+                self._copy_in(given, copied)
+                launch()
+                self._copy_out(given, copied)
             if stream is not None:
                 self._driver.record_event(self._left, lanes.origin)
                 self._driver.wait_event(stream, self._left)
             self._is_pending = True
-            if stream is None or None in given[len(self._inputs) :] or self._clock:
+            if stream is None or None in given[len(self._inputs) :] or self._clocks:
                 self._settle()
-        return self._spans(inference, began_ns)
+        return self._clocks.spans(inference) if self._clocks else ()
+
+    def part_times(self) -> PartTimes:
+        """Return how long the parts of the last inference took that was `timed`.
+
+        It has to be complete, as `run` says.
+        """
+        return self._part_timers.read()
 
     def read(self, buffer: str) -> NDArray[Any]:
         """Return a copy of what a buffer holds after the last inference."""
@@ -269,6 +297,10 @@ class CudaHost:
             self._launches.clear()
             self._bindings.clear()
             self._resources.close()
+
+    @cached_property
+    def _part_timers(self) -> PartTimers:
+        return PartTimers(self._driver, self._resources, self._lanes.home)
 
     def _pinned(self, name: str) -> NDArray[Any]:
         """Return page-locked memory for a network input or output."""
@@ -360,33 +392,6 @@ class CudaHost:
                 self._driver.copy_to_host(target, region.address, size_bytes, origin)
             elif position in copied:
                 self._driver.copy_on_device(address, region.address, size_bytes, origin)
-
-    def _synchronise_clocks(self) -> dict[int, int]:
-        """Return when each device's time scale begins, on the clock; empty without one."""
-        began_ns: dict[int, int] = {}
-        if self._clock is None:
-            return began_ns
-        leads: dict[int, int] = {}
-        for lane, device in self._lanes.ordinals.items():
-            leads.setdefault(device, self._lanes.streams[lane])
-        for device, zero in self._zeros.items():
-            with on_device(self._driver, device):
-                self._driver.record_event(zero, leads[device])
-                self._driver.synchronize(leads[device])
-                began_ns[device] = self._clock.now_ns()
-        return began_ns
-
-    def _spans(self, inference: int, began_ns: Mapping[int, int]) -> tuple[Span, ...]:
-        found = []
-        for index, timers in self._lanes.timers.items():
-            device = self._lanes.ordinals[self._program.steps[index].lane]
-            zero = self._zeros[device]
-            moments = [
-                began_ns[device] + round(self._driver.elapsed_ms(device, zero, event) * 1e6)
-                for event in timers
-            ]
-            found.append(span_of(self._program, index, moments[0], moments[1], inference))
-        return tuple(found)
 
     def _settle(self) -> None:
         """Wait until the origin's stream has done all it was given."""

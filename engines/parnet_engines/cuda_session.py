@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from parnet_engines.check import CheckedProgram
     from parnet_engines.cuda_driver import CudaDriver
-    from parnet_engines.cuda_engine import CudaEngine
+    from parnet_engines.cuda_engine import CudaEngine, EngineFile
+    from parnet_engines.cuda_parts import PartTimes
     from parnet_engines.evaluate import Objective
     from parnet_engines.execution import Execution
     from parnet_export.stream_graph import TensorSpec
@@ -75,6 +76,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         self._execution: Execution | None = None
         self._engine_name = engine
         self._home = ordinal_of(program.program.origin.device)
+        self._uploaded: list[NDArray[Any]] | None = None
 
     @classmethod
     def open_on_gpus(
@@ -166,6 +168,12 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         return self._home
 
     @property
+    def engine_files(self) -> tuple[EngineFile, ...]:
+        """The files that the engines were loaded from, each once; none for some runtimes."""
+        files = (engine.file for engine in self._engines.values())
+        return tuple(dict.fromkeys(file for file in files if file is not None))
+
+    @property
     def execution(self) -> Execution:
         """How the program is carried out, as far as it is known: after the first `run`.
 
@@ -236,6 +244,72 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             return super().run(inputs)
         return self._run_in_place(inputs, sources, targets, outputs or {}, stream)
 
+    def upload(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Copy inputs to the GPU, where `run_resident` finds them.
+
+        Every inference that can be in flight gets a copy, and runs once. Nothing else may use
+        the session meanwhile, and `run` puts other inputs in their place.
+
+        Parameters
+        ----------
+        inputs
+            NumPy arrays, as for `run`.
+        """
+        self._require_own_process()
+        self._uploaded = arrays = checked_inputs(self.inputs, inputs)
+        for _ in self._slots:
+            with self._in_slot() as (slot, number):
+                host = self._host(slot, arrays)
+                _fill(host, arrays)
+                self._keep(host.run(number))
+
+    def run_resident(self) -> None:
+        """Run the network on inputs that lie in the GPU already, and leave the outputs there.
+
+        Nothing is copied between the host and the GPU. It returns when the outputs are
+        complete.
+
+        Raises
+        ------
+        ValueError
+            When there was no `upload`, or the session is closed.
+        SegmentHungError, CudaError
+            As for `run`.
+        """
+        self._require_own_process()
+        arrays = self._require_uploaded()
+        with self._in_slot() as (slot, number):
+            host = self._host(slot, arrays)
+            inputs, outputs = self._places(host)
+            self._keep(host.run(number, inputs=inputs, outputs=outputs))
+
+    def time_parts(self, inputs: Mapping[str, NDArray[Any]] | None = None) -> PartTimes:
+        """Run the network once, and return how long its parts took.
+
+        Timing costs some microseconds that a plain `run` does not take.
+
+        Parameters
+        ----------
+        inputs
+            NumPy arrays, as for `run`; None to run as `run_resident` does.
+
+        Raises
+        ------
+        InputError, SegmentFailedError, SegmentHungError, CudaError, ValueError
+            As for `run` and `run_resident`.
+        """
+        self._require_own_process()
+        arrays = self._require_uploaded() if inputs is None else checked_inputs(self.inputs, inputs)
+        with self._in_slot() as (slot, number):
+            host = self._host(slot, arrays)
+            if inputs is None:
+                sources, targets = self._places(host)
+                self._keep(host.run(number, inputs=sources, outputs=targets, timed=True))
+            else:
+                _fill(host, arrays)
+                self._keep(host.run(number, timed=True))
+            return host.part_times()
+
     def inspect(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run once and read all memory; see `BaseSession.inspect`."""
         self._require_own_process()
@@ -244,8 +318,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         tensors = {spec.name: array for spec, array in zip(self.inputs, arrays, strict=True)}
         with self._in_slot() as (slot, number):
             host = self._host(slot, arrays)
-            for buffer, array in zip(host.inputs, arrays, strict=True):
-                np.copyto(buffer, array)
+            _fill(host, arrays)
             self._keep(host.run(number))
             for step in program.steps:
                 if isinstance(step, Run):
@@ -298,6 +371,16 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
                 for spec, buffer in zip(self.outputs, host.outputs, strict=True)
             }
 
+    def _require_uploaded(self) -> list[NDArray[Any]]:
+        if self._uploaded is None:
+            raise ValueError("no inputs were uploaded")
+        return self._uploaded
+
+    def _places(self, host: CudaHost) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return where a host's inputs and outputs lie; given back to it, it copies nothing."""
+        count = len(self.inputs)
+        return host.addresses[:count], host.addresses[count:]
+
     def _on_device(
         self, specs: Sequence[TensorSpec], values: Mapping[str, Any], side: str
     ) -> dict[str, DeviceArray]:
@@ -332,6 +415,11 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         )
         self._execution = host.execution
         return host
+
+
+def _fill(host: CudaHost, arrays: Sequence[NDArray[Any]]) -> None:
+    for buffer, array in zip(host.inputs, arrays, strict=True):
+        np.copyto(buffer, array)
 
 
 def _pointer(array: DeviceArray | None) -> int | None:

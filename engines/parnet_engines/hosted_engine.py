@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.cuda_engine import DeviceTensor
+    from parnet_engines.cuda_engine import DeviceTensor, EngineFile
     from parnet_engines.engine import Engine
     from parnet_engines.recording_driver import RecordingDriver
     from parnet_export.stream_graph import TensorSpec
@@ -33,6 +33,8 @@ class HostedEngine:
     layouts
         Layouts of tensors that are not linear; the memory is there, the engine uses the
         front of it.
+    file
+        The file that it is said to come from.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class HostedEngine:
         driver: RecordingDriver,
         device: int = 0,
         layouts: Mapping[str, TensorLayout] | None = None,
+        file: EngineFile | None = None,
     ) -> None:
         self._engine = engine
         self._driver = driver
         self._device = device
         self._layouts = layouts or {}
+        self._file = file
         self.bound: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         """Addresses of inputs and outputs of every binding."""
         self.is_closed = False
@@ -69,6 +73,11 @@ class HostedEngine:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the engine produces."""
         return self._engine.outputs
+
+    @property
+    def file(self) -> EngineFile | None:
+        """The file that it is said to come from."""
+        return self._file
 
     def layout(self, tensor: str) -> TensorLayout:
         """See `CudaEngine.layout`."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from parnet_engines.cuda_driver import CudaDriver
-    from parnet_engines.cuda_engine import DeviceTensor
+    from parnet_engines.cuda_engine import DeviceTensor, EngineFile
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
 
@@ -85,6 +85,11 @@ class OrtCudaEngine:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the engine produces."""
         return self._segment.outputs
+
+    @property
+    def file(self) -> EngineFile | None:
+        """None: ONNX Runtime optimises the graph anew each time."""
+        return None
 
     def layout(self, tensor: str) -> TensorLayout:  # noqa: ARG002 - the protocol's signature
         """Return the linear layout, the only one."""

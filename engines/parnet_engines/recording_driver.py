@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT_BYTES = 256
 _GIB = 1 << 30
+_L2_BYTES = 1 << 20
 _DEFAULT_STREAMS = (1, 2)
 
 
@@ -98,7 +99,9 @@ class RecordingDriver:
         self.calls: list[Call] = []
         self.fail_at = fail_at
         self.now_ms = 0.0
-        self._gpus = tuple(Gpu(i, f"Recorder {i}", (9, 0), 80 * _GIB) for i in range(gpus))
+        self._gpus = tuple(
+            Gpu(i, f"Recorder {i}", (9, 0), 80 * _GIB, _L2_BYTES) for i in range(gpus)
+        )
         self._peer_access = peer_access
         self._joint_graphs = joint_graphs
         self._handles = itertools.count(1000)
@@ -246,6 +249,13 @@ class RecordingDriver:
         ):
             raise CudaError("elapsed_ms", "CUDA_ERROR_INVALID_HANDLE")
         return last.time_ms - first.time_ms
+
+    def free_bytes(self, device: int) -> int:
+        """See `CudaDriver.free_bytes`."""
+        self._require_retained(device)
+        self._note("free_bytes", device)
+        taken = sum(m.size_bytes for m in self._memory.values() if m.device == device)
+        return self._gpus[device].memory_bytes - taken
 
     def allocate(self, device: int, size_bytes: int) -> int:
         """See `CudaDriver.allocate`."""

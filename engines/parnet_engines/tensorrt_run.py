@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parnet_engines.bundle_engines import segment_of
 from parnet_engines.cuda_driver import on_device
+from parnet_engines.cuda_engine import EngineFile
 from parnet_engines.engine_cache import build_command, require_plan
 from parnet_engines.engine_finder import find_engine
 from parnet_engines.engine_sidecar import read_sidecar
@@ -119,6 +120,11 @@ class TensorRtEngine:
     def sidecar(self) -> Sidecar:
         """What is known about the engine."""
         return self._sidecar
+
+    @property
+    def file(self) -> EngineFile:
+        """Its plan."""
+        return EngineFile(self._path.with_name(self._sidecar.plan), self._sidecar.plan_bytes)
 
     @property
     def aux_streams(self) -> int:

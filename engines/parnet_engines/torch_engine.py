@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.cuda_driver import CudaDriver
-    from parnet_engines.cuda_engine import DeviceTensor
+    from parnet_engines.cuda_engine import DeviceTensor, EngineFile
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
 
@@ -153,6 +153,11 @@ class TorchCudaEngine:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that the engine produces."""
         return self._segment.outputs
+
+    @property
+    def file(self) -> EngineFile | None:
+        """None: torch runs the graph as it is."""
+        return None
 
     def layout(self, tensor: str) -> TensorLayout:
         """Return the layout in which the engine reads or writes one of its tensors."""

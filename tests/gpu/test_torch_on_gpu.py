@@ -104,6 +104,7 @@ class OnGpu(NullEngine):
     def __init__(self, segment, enqueue):
         super().__init__(segment)
         self.device = 0
+        self.file = None
         self.enqueue = enqueue
 
     def layout(self, _tensor):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from parnet_bench.activity import Activity, Disturbance, GpuWatch, disturbance, read_activity
 from parnet_bench.activity import throttle_events as count_throttle_events
 from parnet_bench.cache_flush import CacheFlush, last_level_cache_bytes
+from parnet_bench.machine_state import GpuState
+from parnet_bench.page_facts import facts_of
 
 
 def reading(**times_s):
@@ -59,10 +62,13 @@ class Nvml:
     NVMLError = RuntimeError
     clock_mhz = 2000
     reasons = 0
+    temperature_c = 50
+    power_mw = 300_000
 
     def __getattr__(self, name):
         numbers = {
             "NVML_CLOCK_SM": 1,
+            "NVML_TEMPERATURE_GPU": 8,
             "nvmlClocksThrottleReasonSwPowerCap": 4,
             "nvmlClocksThrottleReasonSwThermalSlowdown": 32,
             "nvmlClocksThrottleReasonHwThermalSlowdown": 64,
@@ -78,20 +84,40 @@ class Nvml:
             "nvmlDeviceGetName": "Some GPU",
             "nvmlDeviceGetClockInfo": self.clock_mhz,
             "nvmlDeviceGetMaxClockInfo": 2000,
+            "nvmlDeviceGetTemperature": self.temperature_c,
+            "nvmlDeviceGetPowerUsage": self.power_mw,
         }
         return numbers.get(name) or (lambda *_: answers[name])
 
 
-def test_a_watch_remembers_the_lowest_clock_and_all_reasons_until_asked():
+def test_a_watch_remembers_the_extremes_and_all_reasons_until_asked():
     nvml = Nvml()
     watch = GpuWatch(nvml)
-    for clock_mhz, reasons in ((1900, 4), (1200, 0), (1800, 64)):
+    for clock_mhz, reasons, temperature_c, power_mw in (
+        (1900, 4, 60, 350_000),
+        (1200, 0, 82, 698_500),
+        (1800, 64, 75, 500_000),
+    ):
         nvml.clock_mhz, nvml.reasons = clock_mhz, reasons
+        nvml.temperature_c, nvml.power_mw = temperature_c, power_mw
         watch.look()
     (seen,) = watch.take()
     assert seen.clock_mhz == 1200
+    assert (seen.temperature_c, seen.power_w) == (82, 698.5)
     assert seen.slowed_by == ("its power limit", "heat")
     assert watch.take() == ()
+
+
+def test_a_page_tells_the_extremes_of_each_board(make_result):
+    result = make_result({"net whole": [[5_000_000] * 4] * 12})
+    assert not [name for name, _ in facts_of(result) if name.startswith("GPU")]
+    state = GpuState(0, "H100", "600", None, 1900, 1980, (), None, 60, 350.0)
+    hot = replace(state, clock_mhz=1200, temperature_c=82)
+    silent = GpuState(1, "L4", "600", None, None, None, (), None)
+    activities = (replace(reading(), gpus=(state, silent)), replace(reading(), gpus=(hot, silent)))
+    facts = dict(facts_of(replace(result, activities=activities)))
+    assert facts["GPU 0"] == "H100, driver 600, 1200 of 1980 MHz at least, 82 °C, 350 W"
+    assert facts["GPU 1"] == "L4, driver 600"
 
 
 def test_without_boards_there_is_nothing_to_watch():

@@ -162,6 +162,10 @@ def described(**changes):
     return change
 
 
+def with_procedure(**changes):
+    return lambda result: replace(result, procedure=replace(result.procedure, **changes))
+
+
 def with_gpu(driver):
     gpu = GpuState(0, "H100", driver, None, None, None, (), None)
     return lambda result: replace(
@@ -186,6 +190,8 @@ IMAGE = TensorSpec("image", "float32", (1, 3, 64, 64))
         (described(devices="cpu:0-1"), "a: the device is cpu:0-1 instead of cpu"),
         (described(cores=(0,)), "a: the number of threads is 1 instead of 2"),
         (described(form="whole"), "a: the form is whole instead of unfused"),
+        (with_procedure(l2_flush=True), "--l2-flush is on instead of off"),
+        (with_procedure(data_transfers=False), "--data-transfers is off instead of on"),
         (with_gpu("570"), "the GPU and its driver is H100 (driver 570) instead of absent"),
         (described(name="other"), "a: the row is absent instead of measured"),
     ],

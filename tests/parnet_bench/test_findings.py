@@ -12,6 +12,7 @@ from parnet_bench.findings import Kind, find
 from parnet_bench.machine_state import GpuState
 from parnet_bench.procedure import Procedure
 from parnet_bench.result import FailedRow, ProcessRecording, Recording, SplitTimes
+from parnet_bench.statistics import MIN_PROCESSES
 from parnet_bench.table import warning_lines
 
 MS = 1_000_000
@@ -105,11 +106,11 @@ def with_last_activity(result, **changes):
     )
 
 
-def of_one_process(result):
+def of_processes(result, count):
     rows = tuple(
-        replace(row, recording=Recording(row.recording.processes[:1])) for row in result.rows
+        replace(row, recording=Recording(row.recording.processes[:count])) for row in result.rows
     )
-    return replace(result, rows=rows, orders=result.orders[:1])
+    return replace(result, rows=rows, orders=result.orders[:count])
 
 
 PROVOKED = {
@@ -119,7 +120,7 @@ PROVOKED = {
     "partial": lambda quiet: quiet(stopped="interrupted"),
     "unsettled": lambda quiet: first_row_unsettled(quiet()),
     "imprecise": lambda quiet: quiet(draw(noise=0.2), stopped="time"),
-    "few-processes": lambda quiet: of_one_process(quiet()),
+    "few-processes": lambda quiet: of_processes(quiet(), 1),
     "few-samples": lambda quiet: quiet(draw(shape=(60, 2))),
     "drift": lambda quiet: quiet(draw() * np.linspace(1, 1.05, 60)[:, None]),
     "bimodal": lambda quiet: quiet(
@@ -142,8 +143,47 @@ PROVOKED = {
 }
 
 
-def test_every_kind_of_warning_is_provoked():
-    assert set(PROVOKED) == set(Kind.__args__)
+JUST_NOT_PROVOKED = {
+    "failed": lambda quiet: replace(quiet(), failed=()),
+    "partial": lambda quiet: quiet(stopped="time"),
+    "unsettled": lambda quiet: quiet(settled=True),
+    "imprecise": lambda quiet: quiet(draw(noise=0.03), stopped="time"),
+    "few-processes": lambda quiet: of_processes(quiet(), MIN_PROCESSES),
+    "few-samples": lambda quiet: quiet(draw(shape=(60, 12))),  # 720, and p99 takes 662
+    "drift": lambda quiet: quiet(draw() * np.linspace(1, 1.0005, 60)[:, None]),
+    "bimodal": lambda quiet: quiet(
+        draw() * np.where(np.random.default_rng(5).random((60, 14)) < 0.3, 1.005, 1)
+    ),
+    "processes-differ": lambda quiet: quiet(
+        draw() * np.repeat([1.0, 1.004, 1.001, 0.997, 1.005], 12)[:, None]
+    ),
+    "steal": lambda quiet: with_last_activity(quiet(), steal_s=0.19, own_s=14.7),
+    "neighbours": lambda quiet: with_last_activity(quiet(), own_s=14.1),
+    "load": lambda quiet: replace(
+        quiet(), environment=replace(quiet().environment, load_average=(1.9, 9.0, 9.0))
+    ),
+    "throttled": lambda quiet: replace(
+        quiet(),
+        activities=tuple(
+            replace(one, throttle_events=7, gpus=(gpu(clock_mhz=1501),))
+            for one in quiet().activities
+        ),
+    ),
+    "enqueue-bound": lambda quiet: with_split(quiet(), **PARTS | {"enqueue_ns": 6.3}),
+    "transfer-bound": lambda quiet: with_split(
+        quiet(), **PARTS | {"host_to_device_ns": 4.0, "device_to_host_ns": 3.9}
+    ),
+    "overhead": lambda quiet: replace(quiet(), overhead_ns=(95_000,) * 100),
+}
+
+
+def test_every_kind_of_warning_is_provoked_and_has_a_result_that_just_does_not():
+    assert set(PROVOKED) == set(JUST_NOT_PROVOKED) == set(Kind.__args__)
+
+
+@pytest.mark.parametrize("kind", JUST_NOT_PROVOKED)
+def test_a_warning_is_not_given_where_there_is_just_no_reason(quiet, kind):
+    assert kind not in kinds(JUST_NOT_PROVOKED[kind](quiet))
 
 
 @pytest.mark.parametrize("kind", PROVOKED)
@@ -158,6 +198,19 @@ def test_a_warning_is_provoked_alone_and_says_what_helps(quiet, kind):
         assert finding.sentence.endswith(".")
         assert finding.remedy.endswith(".")
         assert any(mark in finding.remedy for mark in ("--", "`", "Use", "Let", "Measure"))
+
+
+@pytest.mark.parametrize("kind", ["drift", "bimodal"])
+@pytest.mark.parametrize(("devices", "command"), [("cpu", "cpu"), ("0,1", "nvidia-smi --lock")])
+def test_clocks_are_fixed_by_the_command_of_the_rows_devices(quiet, kind, devices, command):
+    result = PROVOKED[kind](quiet)
+    rows = tuple(
+        replace(row, description=replace(row.description, devices=devices)) for row in result.rows
+    )
+    found = [one.remedy for one in find(replace(result, rows=rows)) if one.kind == kind]
+    assert found
+    assert all(command in remedy for remedy in found)
+    assert all(("nvidia" in remedy) is (devices != "cpu") for remedy in found)
 
 
 def test_a_failed_row_is_named_with_its_reason(quiet):
@@ -187,6 +240,15 @@ def test_missing_tails_say_how_many_samples_and_how_much_time_they_take(quiet):
     [
         ({"slowed_by": ("heat",)}, "GPU 0 (Some GPU) was held down by heat."),
         ({"clock_mhz": 1000}, "GPU 0 (Some GPU) ran at 1000 of 2000 MHz under load."),
+        (
+            {"slowed_by": ("heat",), "temperature_c": 88, "power_w": 699.6},
+            "GPU 0 (Some GPU) was held down by heat, at up to 88 °C and 700 W.",
+        ),
+        (
+            {"clock_mhz": 1000, "temperature_c": 60},
+            "GPU 0 (Some GPU) ran at 1000 of 2000 MHz under load, at up to 60 °C.",
+        ),
+        ({"temperature_c": 88, "power_w": 700.0}, None),
         ({"clock_mhz": None}, None),
         ({}, None),
     ],

@@ -5,15 +5,18 @@ import json
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.main import get_command
 
-from parnet_bench import loadgen, loadgen_process
+from parnet_bench import latency_command, loadgen, loadgen_process
 from parnet_bench.cli import app
 from parnet_bench.job import Job
 from parnet_bench.loadgen import Load, import_loadgen, make_settings, read_outcome
 from parnet_bench.loadgen_process import ScenarioJob, SystemUnderTest, run_scenario
+from parnet_engines import session
 from parnet_export import console
 from parnet_export.errors import InputError, MissingBackendError, ParnetError
 
@@ -23,8 +26,8 @@ mlperf = pytest.importorskip("mlperf_loadgen", reason="needs mlcommons-loadgen")
 
 @pytest.fixture
 def run(capfd):
-    def run(*arguments):
-        code = console.run(app, ["loadgen", *map(str, arguments)])
+    def run(*arguments, command="loadgen"):
+        code = console.run(app, [command, *map(str, arguments)])
         return (code, *capfd.readouterr())
 
     return run
@@ -108,6 +111,101 @@ def test_a_short_run_reports_what_was_answered_and_keeps_its_log(
         assert outcome["percentile"] == (90 if scenario == "single-stream" else 99)
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_latency_runs_its_rows_under_the_load_generator(run, forked_bundle, tmp_path, scenario):
+    output = tmp_path / "result.json"
+    rate = ("--target-qps", 20) if scenario == "server" else ()
+    code, printed, error = run(
+        *(forked_bundle.path, "--scenario", scenario, *rate, "--break-rules-seconds", 0.1),
+        *("--plan", "whole", "--json", "--output", output),
+        command="latency",
+    )
+    assert code == 0
+    result = json.loads(printed)
+    assert result == json.loads(output.read_text())
+    (row,) = result["rows"]
+    assert (row["name"], row["scenario"]) == ("forked whole", scenario)
+    assert row["outcome"]["queries"] >= 1
+    logs = tmp_path / "result.loadgen"
+    assert error.strip() == f"logs are in {logs}"
+    summary = (logs / "forked-whole" / "mlperf_log_summary.txt").read_text()
+    assert summary.count("Scenario :") == 1
+
+
+def test_a_scenario_of_latency_has_the_rows_of_latency(run, dynamic_bundle, tmp_path):
+    arguments = ("--scenario", "single-stream", "--break-rules-seconds", 0.05, "--batch", "1,2")
+    output = ("--output", tmp_path / "result.json")
+    code, table, _ = run(dynamic_bundle.path, *arguments, *output, command="latency")
+    assert code == 0
+    rows = json.loads(output[1].read_text())["rows"]
+    assert [(row["form"], row["batch"]) for row in rows] == [
+        ("whole", 1),
+        ("streams", 1),
+        ("whole", 2),
+        ("streams", 2),
+    ]
+    assert len(list((tmp_path / "result.loadgen").iterdir())) == 4
+    assert "single-stream, LoadGen" in table
+
+
+def test_rows_that_are_not_there_are_remarked_on(run, straight_onnx, tmp_path):
+    output = tmp_path / "result.json"
+    arguments = ("--scenario", "offline", "--break-rules-seconds", 0.05, "--output", output)
+    code, table, _ = run(straight_onnx, *arguments, command="latency")
+    assert code == 0
+    (note,) = json.loads(output.read_text())["notes"]
+    assert note.endswith("is a single segment, so it has no streams row.")
+    assert "single segment" in " ".join(table.split())
+
+
+OF_ROUNDS = {
+    "in_flight": ("--in-flight", 2),
+    "target_ci": ("--target-ci", "1%"),
+    "max_time": ("--max-time", 110),
+    "min_time": ("--min-time", 1),
+    "processes": ("--processes", 5),
+    "rounds": ("--rounds", 3),
+    "percentiles": ("--percentiles", "50"),
+    "interleave": ("--no-interleave",),
+    "l2_flush": ("--l2-flush",),
+    "data_transfers": ("--no-data-transfers",),
+    "csv": ("--csv", "rows.csv"),
+    "html": ("--html", "page.html"),
+    "trace": ("--trace", "trace.json"),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROUNDS)
+def test_options_of_rounds_are_refused_with_a_scenario(run, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("resnet18", "--scenario", "offline", *OF_ROUNDS[name])
+    code, printed, error = run(*arguments, command="latency")
+    assert (code, printed) == (2, "")
+    option = OF_ROUNDS[name][0]
+    assert error.startswith(f"error: {option}: is of measuring in rounds, and --scenario offline")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option", [("--target-qps", 1), ("--target-latency", 1), ("--break-rules-seconds", 1)]
+)
+def test_options_of_scenarios_are_refused_without_one(run, option):
+    code, _, error = run("resnet18", *option, command="latency")
+    assert code == 2
+    assert f"{option[0]}: is of a --scenario, which is not there" in error
+
+
+def test_every_option_of_latency_applies_in_rounds_in_scenarios_or_in_both():
+    known = {parameter.name for parameter in get_command(app).commands["latency"].params}
+    rows = {"targets", "devices", "task", "ckpt", "arch", "activation", "use_ema", "baseline"}
+    rows |= {"batch", "resolution", "precision", "plan", "lanes", "threads", "seed"}
+    shown = {"as_json", "output", "help"}
+    assert set(OF_ROUNDS) == set(latency_command._OF_ROUNDS)
+    of_scenarios = {"scenario", *latency_command._OF_SCENARIOS}
+    assert known <= rows | shown | of_scenarios | set(OF_ROUNDS)
+
+
 def test_a_row_runs_on_the_cores_that_it_is_given(run, forked_bundle, tmp_path):
     arguments = ("--form", "whole", "--threads", 1, "--break-rules-seconds", 0.1)
     code, printed, _ = run(forked_bundle.path, *arguments, "--logs", tmp_path / "logs", "--json")
@@ -128,6 +226,8 @@ def test_people_are_told_what_the_run_is_not(run, tiny_catalogue, tmp_path):
     ("arguments", "message"),
     [
         (("--scenario", "server"), "Give --target-qps"),
+        (("--target-qps", 3), "--target-qps: is of the server scenario"),
+        (("--scenario", "offline", "--target-latency", 3), "--target-latency: is of the server"),
         (("--form", "unfused", "--break-rules-seconds", 0.1), "no target has the form unfused"),
         (("--scenario", "offlime"), "--scenario"),
         (("--devices", "cpu:banana"), "cpu:banana"),
@@ -242,6 +342,25 @@ def test_a_row_that_cannot_be_loaded_says_why(forked_bundle, tmp_path):
     with pytest.raises(ParnetError, match="does not exist") as caught:
         run_scenario(ScenarioJob(job, Load("offline", 1.0, seconds=0.1), str(tmp_path)))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("devices", "threads"), [("0,1", None), ("cpu", 1)])
+@pytest.mark.parametrize(("plan", "opened"), [("auto", "auto"), ("a.json", Path("a.json"))])
+def test_gpus_take_no_number_of_threads_and_plans_keep_their_names(
+    monkeypatch, devices, threads, plan, opened
+):
+    asked = {}
+
+    def open_session(bundle, devices, **options):
+        asked.update(options, devices=devices)
+        raise InputError("bundle", "is none", "Make one")
+
+    monkeypatch.setattr(session.Session, "open", open_session)
+    monkeypatch.setattr(loadgen_process, "use_cores", lambda _: None)
+    work = ScenarioJob(Job("b", plan, devices, (0,), {}), Load("offline", 1.0), "")
+    with pytest.raises(InputError, match="is none"):
+        loadgen_process.serve(work)
+    assert (asked["devices"], asked["threads"], asked["plan"]) == (devices, threads, opened)
 
 
 def test_samples_may_be_unloaded_twice():

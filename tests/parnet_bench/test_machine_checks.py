@@ -56,13 +56,14 @@ class Nvml:
         pass
 
     NVML_CLOCK_SM = 1
+    NVML_TEMPERATURE_GPU = 0
 
     nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonSwThermalSlowdown = 32
     nvmlClocksThrottleReasonHwThermalSlowdown = 64
     nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
 
-    def __init__(self, *, persistence=1, clock=1980, processes=(), reasons=0):
+    def __init__(self, *, persistence=1, clock=1980, processes=(), reasons=0, heat=41):
         answers = {
             "nvmlSystemGetDriverVersion": "570.1",
             "nvmlDeviceGetCount": 1,
@@ -71,6 +72,8 @@ class Nvml:
             "nvmlDeviceGetPersistenceMode": persistence,
             "nvmlDeviceGetClockInfo": clock,
             "nvmlDeviceGetMaxClockInfo": 1980,
+            "nvmlDeviceGetTemperature": heat,
+            "nvmlDeviceGetPowerUsage": heat if isinstance(heat, Exception) else 1000 * heat,
             "nvmlDeviceGetComputeRunningProcesses": processes,
             "nvmlDeviceGetCurrentClocksThrottleReasons": reasons,
         }
@@ -226,10 +229,11 @@ def test_what_gpus_are_set_to(look, nvml, check, problem, command):
 def test_what_a_board_does_not_tell_is_no_finding(look):
     silent = Nvml.NVMLError("Not Supported")
     state = look(
-        nvml=Nvml(persistence=silent, clock=silent, processes=silent, reasons=silent),
+        nvml=Nvml(persistence=silent, clock=silent, processes=silent, reasons=silent, heat=silent),
     )
     assert advise(state) == ()
     assert state.gpus[0].persistent is None
+    assert (state.gpus[0].temperature_c, state.gpus[0].power_w) == (None, None)
 
 
 def test_a_system_that_tells_nothing_is_described_all_the_same(tmp_path):
@@ -269,7 +273,7 @@ def test_the_command_shows_each_advice_with_its_command(run, monkeypatch):
     nvml.nvmlInit = lambda: None
     code, table, _ = run("--seconds", "0.1")
     assert code == 0
-    assert "NVIDIA H100, driver 570.1, 1980 of 1980 MHz" in table
+    assert "NVIDIA H100, driver 570.1, 1980 of 1980 MHz, 41 °C, 41 W" in table
     assert "sudo nvidia-smi --id=0 --persistence-mode=1" in table
 
 

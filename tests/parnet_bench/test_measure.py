@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from parnet_bench.measure import measure
 from parnet_bench.procedure import Procedure, Settling
-from parnet_bench.turn import PartTimes, Turn, TurnRequest
+from parnet_bench.turn import Turn, TurnRequest
 from parnet_bench.warm_up import warm_up
 from parnet_engines.clock import FakeClock
 from parnet_export.errors import ParnetError
@@ -297,26 +297,6 @@ def test_observers_hear_how_much_time_is_left(machine):
     left = [turn.left_s for turn in heard]
     assert left == sorted(left, reverse=True)
     assert 59 < left[0] <= 60
-
-
-def test_parts_of_runs_are_kept_run_by_run(machine):
-    class Split:
-        load_ms = 1.0
-
-        def take_turn(self, request):
-            parts = tuple(PartTimes(1, 20 + i, 3, 4) for i in range(request.runs))
-            return Turn((30 * MS,) * request.runs, 30 * MS * request.runs, parts)
-
-        def close(self):
-            pass
-
-    measurement = measure(
-        {"a": 1}, lambda *_: Split(), brief(turn_runs=2, turn_s=1e-9), FakeClock()
-    )
-    (process,) = measurement.recordings["a"]
-    assert process.split.compute_ns == ((20, 21),) * 4
-    assert process.split.device_to_host_ns == ((3, 3),) * 4
-    assert machine({"a": 1}).measure(brief()).recordings["a"][0].split is None
 
 
 def test_there_must_be_something_to_measure():

@@ -425,13 +425,16 @@ def test_parts_of_an_inference_are_shown_where_a_backend_tells_them(full):
     split = SplitTimes(part(0.25), part(9.0), part(0.125), part(0.5))
     recorded = Recording((replace(process, split=split),))
     on_gpu = replace(full, rows=(replace(full.rows[0], recording=recorded), full.rows[1]))
-    table = view_of(on_gpu).figures
-    assert table.headings[-4:] == ("to device", "compute", "to host", "enqueue")
+    table = view_of(on_gpu).parts
+    assert table.headings[1:] == ("to device ms", "compute ms", "to host ms", "enqueue ms")
     cells = [[cell.text for cell in row[-4:]] for row in table.rows]
     assert cells == [["0.250", "9.00", "0.125", "0.500"], ["-"] * 4]
     lines = list(csv.DictReader(io.StringIO(csv_text(on_gpu))))
     assert [line["compute_ms"] for line in lines] == ["9.0", "", ""]
-    assert "enqueue" not in view_of(full).figures.headings
+    assert "Parts of an inference" in Page(render_page(on_gpu)).text
+    assert "| net whole | - | - | - | - |" in render_markdown(on_gpu)
+    assert view_of(full).parts is None
+    assert "Parts of an inference" not in render_page(full) + render_markdown(full)
 
 
 def test_what_several_in_flight_reach_is_shown(full):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parnet_engines import cuda_parts
 from parnet_engines.check import checked, find_faults
 from parnet_engines.clock import FakeClock
 from parnet_engines.cuda_devices import ordinal_of
@@ -610,6 +611,67 @@ def test_spans_lie_on_the_clocks_time_scale():
     assert sorted(span.step for span in spans) == busy
     assert all(span.begin_ns > 5_000_000 and span.duration_ns > 0 for span in spans)
     assert {span.inference for span in spans} == {7}
+
+
+TAKES_MS = {"copy_to_device": 3.0, "launch": 5.0, "copy_to_host": 2.0}
+
+
+class Slow(RecordingDriver):
+    """Transfers and launches take time, on the time scale of its events."""
+
+    def _guarded(self, verb, stream, *operands):
+        super()._guarded(verb, stream, *operands)
+        self.now_ms += TAKES_MS.get(verb, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["one lane", "three lanes"])
+def test_parts_are_timed_by_events_between_them(layout):
+    driver = Slow()
+    host = make_host(driver, layout)
+    host.inputs[0][...] = 1
+    host.run(timed=True)
+    before = len(driver.calls)
+    host.run(timed=True)
+    verbs = [call.verb for call in driver.calls[before:]]
+    assert verbs[:9] == [
+        "push_context",
+        "record_event",
+        "copy_to_device",
+        "record_event",
+        "launch",
+        "record_event",
+        "copy_to_host",
+        "record_event",
+        "push_context",
+    ]
+    assert "elapsed_ms" not in verbs  # which could be asked only when the outputs are there
+    parts = host.part_times()
+    between_ns = 1000  # the recorder lets a microsecond pass from event to event
+    assert parts.host_to_device_ns == 3_000_000 + between_ns
+    assert parts.compute_ns == 5_000_000 + between_ns
+    assert parts.device_to_host_ns == 2_000_000 + between_ns
+    assert 0 < parts.enqueue_ns < 1_000_000_000
+    host.close()
+    assert driver.open_resources == {}
+
+
+def test_the_time_to_enqueue_is_that_of_the_launches_and_not_of_the_transfers(monkeypatch):
+    driver, clock = RecordingDriver(), FakeClock()
+    host = make_host(driver, "three lanes")
+
+    def slow(verb, takes_ms):
+        def call(*arguments):
+            clock.advance_ms(takes_ms)
+            return verb(*arguments)
+
+        return call
+
+    monkeypatch.setattr(cuda_parts.time, "perf_counter_ns", clock.now_ns)
+    driver.copy_to_device = slow(driver.copy_to_device, 100)
+    driver.copy_to_host = slow(driver.copy_to_host, 30)
+    driver.launch = slow(driver.launch, 2)
+    host.run(timed=True)
+    assert host.part_times().enqueue_ns == 2_000_000
 
 
 def test_engines_that_disagree_about_a_layout_are_refused():

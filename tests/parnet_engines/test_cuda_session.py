@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from parnet_engines import cuda_session, gpu_plan, ort_cuda
+from parnet_engines import cuda_bindings, cuda_session, gpu_plan, ort_cuda
 from parnet_engines.check import checked
 from parnet_engines.cuda_bindings import BindingsDriver
 from parnet_engines.cuda_devices import (
@@ -20,6 +24,7 @@ from parnet_engines.cuda_devices import (
     require_gpus,
 )
 from parnet_engines.cuda_driver import CudaError
+from parnet_engines.cuda_engine import EngineFile
 from parnet_engines.cuda_engines import CUDA_ENGINES, load_engines
 from parnet_engines.cuda_memory import array_at
 from parnet_engines.cuda_session import CudaSession
@@ -362,6 +367,91 @@ def test_without_a_driver_there_is_a_sentence_and_exit_code_two():
     )
     assert "Use 'cpu', or 'cpu:0,cpu:1,cpu:2' for a program of several" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+# Inputs that stay in the GPU, and the parts of an inference.
+
+
+def launches_and_copies(driver, before):
+    verbs = [call.verb for call in driver.calls[before:]]
+    return [verb for verb in verbs if verb == "launch" or verb.startswith("copy")]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_resident_inputs_are_copied_once_and_then_nothing_is(driver, in_flight):
+    with open_session(driver, in_flight=in_flight) as session:
+        session.upload({"image": X})
+        before = len(driver.calls)
+        for _ in range(2 * in_flight):
+            session.run_resident()
+        assert launches_and_copies(driver, before) == ["launch"] * 2 * in_flight
+        for slot in session._slots:
+            (host,) = slot.hosts.values()
+            np.testing.assert_array_equal(host.read(host._interface[1]), expected(X))
+        np.testing.assert_array_equal(session.run({"image": X + 1})["logits"], expected(X + 1))
+    assert driver.open_resources == {"contexts": 2}
+
+
+def test_a_resident_run_is_complete_when_it_returns(driver):
+    with open_session(driver) as session:
+        session.upload({"image": X})
+        session.run_resident()
+        verbs = [call.verb for call in driver.calls]
+        assert "synchronize" in verbs[len(verbs) - verbs[::-1].index("launch") :]
+
+
+def test_without_an_upload_nothing_is_resident(driver):
+    with open_session(driver) as session:
+        for run in (session.run_resident, session.time_parts):
+            with pytest.raises(ValueError, match="no inputs were uploaded"):
+                run()
+
+
+def test_parts_of_an_inference_with_and_without_transfers(driver):
+    with open_session(driver) as session:
+        session.time_parts({"image": X})
+        before = len(driver.calls)
+        parts = session.time_parts({"image": X})
+        assert launches_and_copies(driver, before) == ["copy_to_device", "launch", "copy_to_host"]
+        # The recorder lets a microsecond pass from event to event, and nothing else takes time.
+        assert (parts.host_to_device_ns, parts.device_to_host_ns) == (1000, 1000)
+        session.upload({"image": X})
+        before = len(driver.calls)
+        assert session.time_parts().compute_ns > 0
+        assert launches_and_copies(driver, before) == ["launch"]
+        with pytest.raises(InputError, match="image"):
+            session.time_parts({"image": X[0]})
+
+
+def test_the_files_of_engines_are_told_once_each(driver):
+    file = EngineFile(Path("stem.plan"), 1000)
+    with open_session(driver) as session:
+        assert session.engine_files == ()
+        for engine in session._engines.values():
+            engine._file = file
+        assert session.engine_files == (file,)
+
+
+def test_memory_that_is_taken_is_no_longer_free(driver):
+    all_bytes = driver.free_bytes(1)
+    address = driver.allocate(1, 1000)
+    assert driver.free_bytes(1) == all_bytes - 1000
+    driver.free(1, address)
+    assert driver.free_bytes(1) == all_bytes
+
+
+def test_what_the_driver_layer_calls_is_there_in_cuda_bindings():
+    cuda = importlib.import_module("cuda.bindings.driver")
+    source = inspect.getsource(cuda_bindings)
+    functions = set(re.findall(r'"(cu[A-Z]\w+)"|_cuda\.(cu[A-Z]\w+)', source))
+    names = {name for pair in functions for name in pair if name}
+    assert {"cuMemGetInfo", "cuMemsetD8Async", "cuEventElapsedTime"} <= names
+    assert [name for name in names if not hasattr(cuda, name)] == []
+    members = set(re.findall(r"\b(C[UA]\w+_[A-Z0-9_]{8,})\b", source))
+    kinds = [kind for kind in vars(cuda).values() if isinstance(kind, type)]
+    known = set(vars(cuda)).union(*(dir(kind) for kind in kinds))
+    assert "CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE" in members
+    assert {name for name in members if not name.startswith("CUDA_ERROR")} <= known
 
 
 # Opening bundles.

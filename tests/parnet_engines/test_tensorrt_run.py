@@ -310,6 +310,12 @@ def test_memory_and_streams_are_told(bundle, driver):
     assert load(bundle, "stem", driver, oldest).context_memory_bytes == 1111
 
 
+def test_the_file_is_the_plan_that_the_sidecar_names(bundle, driver):
+    engine = load(bundle, "stem", driver, FakeTensorRt(driver))
+    assert engine.file.path.read_bytes() == b"the plan of stem"
+    assert engine.file.size_bytes == engine.file.path.stat().st_size
+
+
 def test_a_version_compatible_plan_may_bring_its_runtime(bundle, driver):
     module = FakeTensorRt(driver)
     options = EngineOptions(version_compatible=True)

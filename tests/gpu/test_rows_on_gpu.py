@@ -1,0 +1,86 @@
+"""Rows of the bench on a real GPU: resident inputs, parts, memory, caches, peaks."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from parnet_bench.gpu_peaks import measure_gpu_peaks
+from parnet_bench.job import Job
+from parnet_bench.row_gpus import RowGpus
+from parnet_bench.row_process import RowProcess
+from parnet_bench.turn import TurnRequest
+from parnet_engines.cuda_session import CudaSession
+
+pytestmark = pytest.mark.gpu
+
+
+def open_torch(bundle, **options):
+    return CudaSession.open_on_gpus(bundle, "0", engine="torch", **options)
+
+
+def output_in_gpu(session):
+    (host,) = session._slots[0].hosts.values()
+    return host.read(session.program.program.outputs[0])
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+def test_a_resident_run_computes_what_a_run_with_transfers_does(single_bundle, image, use_graphs):
+    with open_torch(single_bundle, use_graphs=use_graphs) as session:
+        expected = session.run({"image": image})["logits"]
+        session.run({"image": image + 1})
+        session.upload({"image": image})
+        session.run_resident()
+        np.testing.assert_allclose(output_in_gpu(session), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_graphs", [True, False])
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_parts_add_up_to_less_than_the_whole(single_bundle, image, use_graphs, is_resident):
+    with open_torch(single_bundle, use_graphs=use_graphs) as session:
+        session.upload({"image": image})
+        for _ in range(20):
+            begin_ns = time.perf_counter_ns()
+            parts = session.time_parts(None if is_resident else {"image": image})
+            whole_ns = time.perf_counter_ns() - begin_ns
+            on_device_ns = parts.host_to_device_ns + parts.compute_ns + parts.device_to_host_ns
+            assert 0 < parts.compute_ns <= on_device_ns < whole_ns + 2000
+            assert 0 < parts.enqueue_ns < whole_ns
+
+
+def test_memory_that_is_taken_is_seen_and_what_flushes_take_is_not(driver):
+    gpus = RowGpus(driver, (0,))
+    size_bytes = 256 << 20
+    held = torch.empty(size_bytes, dtype=torch.uint8, device="cuda:0")
+    gpus.empty_caches()
+    gpus.look()
+    assert 0.9 * size_bytes < gpus.peak_bytes < 1.5 * size_bytes
+    del held
+    torch.cuda.empty_cache()
+    gpus.close()
+    assert driver.gpus()[0].l2_cache_bytes > 1 << 20
+
+
+@pytest.mark.parametrize("data_transfers", [True, False])
+def test_a_row_in_a_process_of_its_own_tells_its_figures(single_bundle, data_transfers):
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    job = Job(str(single_bundle.path), "streams", "0", cores, {}, data_transfers=data_transfers)
+    with RowProcess("row", job) as row:
+        turn = row.take_turn(TurnRequest(20, lead_in=5, l2_flush=True))
+        row.take_turn(TurnRequest(20, lead_in=2, in_flight=2))
+        figures = row.device_figures(TurnRequest(20, lead_in=5, l2_flush=True))
+    median_ns = np.median(turn.latencies_ns)
+    assert 0 < np.median(figures.split.compute_ns) < median_ns
+    assert figures.peak_device_bytes > 1_000_000
+    assert len(turn.latencies_ns) == len(figures.split.enqueue_ns[0]) == 20
+
+
+def test_peaks_are_of_the_order_of_a_gpu():
+    found = measure_gpu_peaks("0", "fp16")
+    assert 1e11 < found.copy_bytes_per_s < 2e13
+    assert found.flops_per_s is None or 1e12 < found.flops_per_s < 1e16
+    assert found.devices == "0"
