@@ -184,7 +184,8 @@ def _image(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
 
 
 def _parity(request: Request, bundle: Bundle) -> tuple[bool, str]:
-    rows = prove_on_devices(bundle, request.devices, engine=request.engine, random_samples=2)
+    proof = prove_on_devices(bundle, request.devices, engine=request.engine, random_samples=2)
+    rows = proof.rows
     worst = max(rows, key=lambda row: row.relative_error)
     failed = [row.subject for row in rows if not row.passed]
     text = f"{len(rows)} compared, worst {worst.subject}: {worst.relative_error:.1e}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from parnet_engines.cuda_driver import CudaDriver
+    from parnet_engines.cuda_driver import CudaDriver, Gpu
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_engines.engine_sidecar import Sidecar
     from parnet_engines.tensor_layout import TensorLayout
@@ -119,6 +119,11 @@ class TensorRtEngine:
     def sidecar(self) -> Sidecar:
         """What is known about the engine."""
         return self._sidecar
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU that it runs on."""
+        return self._driver.gpus()[self._device]
 
     @property
     def aux_streams(self) -> int:

@@ -18,6 +18,7 @@ from parnet_bench.engine_comparison import (
 from parnet_bench.engine_rows import EngineRow, PathFigures
 from parnet_engines.accuracy import LIMITS, Accuracy
 from parnet_engines.clock import FakeClock
+from parnet_engines.device_proof import DeviceProof
 from parnet_export.errors import InputError
 
 
@@ -48,7 +49,7 @@ def test_gpus_that_are_not_there_give_one_sentence_and_exit_code_two(run_cli, tm
 
 def test_a_check_that_fails_is_a_row_and_the_others_are_made(monkeypatch):
     bad = Accuracy("stream1", 0.5, 1.0, None, LIMITS["fp32"], "is outside the limits")
-    monkeypatch.setattr(selftest, "prove_on_devices", lambda *_, **__: (bad,))
+    monkeypatch.setattr(selftest, "prove_on_devices", lambda *_, **__: DeviceProof((bad,), 2))
 
     def refuse(*_):
         raise InputError("lanes", "are broken", "Mend them")
