@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from parnet_engines.base_session import AnySession
+    from parnet_engines.boundary import Boundary
     from parnet_export.bundle import Bundle
 
 _RECORDED = 20
+SPLIT = "split streams"
+"""The name of the row of a split program."""
+
+SPLIT_BY_VECTORS = "split streams, vectors between engines"
+"""The same with channels last, in vectors of 8, between engines."""
+
 AUX_STREAMS = 4
 """How many more CUDA streams TensorRT may use inside an engine of the whole network."""
 
@@ -148,18 +156,20 @@ def session_rows(
     bundle
         The bundle.
     devices
-        Where: the whole engine on the first one, split streams there as well, and the
-        authors' layout on all of them, or on the same one three times.
+        Where: the whole engine on the first one, split streams there as well (in half
+        precision with either boundary between engines), and the authors' layout on all of
+        them, or on the same one three times.
     engine
         As for `Session.open`.
     """
     first = devices.split(",", maxsplit=1)[0]
+    has_vectors = names_gpus(first) and bundle.manifest.precision == "fp16"
 
     def whole() -> AnySession:
         return Session.open(bundle, first, plan="whole", engine=engine)
 
-    def streams() -> AnySession:
-        return Session.open(bundle, first, plan="streams", engine=engine)
+    def streams(boundary: Boundary | None) -> AnySession:
+        return Session.open(bundle, first, plan="streams", engine=engine, boundary=boundary)
 
     def authors() -> AnySession:
         places = devices if len(devices.split(",")) >= 3 else ",".join([first] * 3)
@@ -177,7 +187,10 @@ def session_rows(
     if names_gpus(first):
         yield open_session_row(stack, network, "whole engine, no CUDA graph", without_graph)
         yield open_session_row(stack, network, "whole engine, aux streams", with_aux_streams)
-    yield open_session_row(stack, network, "split streams", streams)
+    boundary: Boundary | None = "linear" if has_vectors else None
+    yield open_session_row(stack, network, SPLIT, partial(streams, boundary))
+    if has_vectors:
+        yield open_session_row(stack, network, SPLIT_BY_VECTORS, partial(streams, "vector"))
     if names_gpus(first):
         yield open_session_row(stack, network, "authors' layout", authors)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parnet_engines.boundary import Boundary  # noqa: TC001 - msgspec reads it
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -23,6 +25,8 @@ class Job:
         Sizes of the symbolic dimensions of the inputs.
     lanes
         How many segments may run at the same time; None leaves it to the plan.
+    boundary
+        How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
     """
 
     bundle: str
@@ -31,3 +35,4 @@ class Job:
     cores: tuple[int, ...]
     sizes: dict[str, int]
     lanes: int | None = None
+    boundary: Boundary | None = None

@@ -126,6 +126,7 @@ class _Run:
             cores=row.description.cores,
             sizes=row.sizes,
             lanes=row.description.lanes,
+            boundary=row.description.boundary,
         )
         return _WatchedRow(name, job, self._energy, self._watch)
 

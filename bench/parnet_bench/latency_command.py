@@ -96,6 +96,13 @@ def latency(
         int | None,
         typer.Option(min=1, help="Segments that may run at the same time.", metavar="N"),
     ] = None,
+    boundary: Annotated[
+        Literal["linear", "vector"] | None,
+        typer.Option(
+            help="Memory layout of tensors between engines on GPUs. Default: the runtime's own.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of each row; one per core by default.", metavar="N"),
@@ -181,7 +188,13 @@ def latency(
     from parnet_bench.row_devices import check_devices
     from parnet_bench.table import render
 
-    check_devices(devices, threads=threads, data_transfers=data_transfers, l2_flush=l2_flush)
+    check_devices(
+        devices,
+        threads=threads,
+        data_transfers=data_transfers,
+        l2_flush=l2_flush,
+        boundary=boundary,
+    )
     if not 0 < max_time < math.inf:
         raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
     if not 0 <= min_time < math.inf:
@@ -209,6 +222,7 @@ def latency(
         threads=threads,
         lanes=lanes,
         plan=plan,
+        boundary=boundary,
         seed=seed,
         task=task,
     )

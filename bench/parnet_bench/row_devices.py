@@ -11,9 +11,16 @@ from parnet_export.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from parnet_engines.boundary import Boundary
+
 
 def check_devices(
-    devices: str, *, threads: int | None, data_transfers: bool, l2_flush: bool
+    devices: str,
+    *,
+    threads: int | None,
+    data_transfers: bool,
+    l2_flush: bool,
+    boundary: Boundary | None = None,
 ) -> None:
     """Refuse what cannot be measured on some devices, before anything is exported.
 
@@ -33,6 +40,9 @@ def check_devices(
             problem = "empties the caches of the CPU, and not those of a GPU"
             raise InputError("--l2-flush", problem, "Leave it out")
         return
+    if boundary is not None:
+        problem = "is between engines on GPUs, and the devices are none"
+        raise InputError("--boundary", problem, "Leave it out, or use --devices 0")
     found = parse_devices(devices, threads=threads)
     cores = sum(len(device.cores) for device in found)
     if threads is not None and threads > cores:

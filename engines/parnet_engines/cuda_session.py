@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.check import CheckedProgram
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine
@@ -90,6 +91,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         record: bool = False,
         timeout_s: float | None = None,
         use_graphs: bool = True,
+        boundary: Boundary | None = None,
     ) -> Self:
         """Load a bundle on GPUs; see `Session.open`.
 
@@ -108,7 +110,12 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
         load = partial(
-            cls.load_on_gpus, bundle, driver=driver, engine=engine, use_graphs=use_graphs
+            cls.load_on_gpus,
+            bundle,
+            driver=driver,
+            engine=engine,
+            boundary=boundary,
+            use_graphs=use_graphs,
         )
         program = choose_on_gpus(
             bundle,
@@ -130,6 +137,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         *,
         driver: CudaDriver,
         engine: str = "auto",
+        boundary: Boundary | None = None,
         use_graphs: bool = True,
         record: bool = False,
         timeout_s: float | None = None,
@@ -144,7 +152,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         MissingBackendError
             When the runtime is not installed.
         """
-        engines, name = load_engines(bundle, program.program, driver, engine)
+        engines, name = load_engines(bundle, program.program, driver, engine, boundary)
         return cls(
             program,
             engines,

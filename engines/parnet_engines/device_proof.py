@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.base_session import AnySession
+    from parnet_engines.boundary import Boundary
     from parnet_export.bundle import Bundle
 
     Tensors = Mapping[str, NDArray[Any]]
@@ -73,6 +74,7 @@ def prove_on_devices(
     lanes: int | None = None,
     random_samples: int = 8,
     seed: int = 0,
+    boundary: Boundary | None = None,
 ) -> DeviceProof:
     """Compare each segment, the split program and the whole engine with a float32 reference.
 
@@ -80,7 +82,7 @@ def prove_on_devices(
     ----------
     bundle
         The bundle.
-    devices, engine, lanes
+    devices, engine, lanes, boundary
         As for `Session.open`.
     random_samples, seed
         As for `make_samples`.
@@ -93,7 +95,9 @@ def prove_on_devices(
     made = make_samples(bundle.stream_graph.inputs, random_samples=random_samples, seed=seed)
     samples = [sample.inputs for sample in made]
     references = reference_tensors(bundle, samples)
-    with Session.open(bundle, devices, plan="streams", engine=engine, lanes=lanes) as session:
+    with Session.open(
+        bundle, devices, plan="streams", engine=engine, lanes=lanes, boundary=boundary
+    ) as session:
         split = [session.inspect(sample) for sample in samples]
         engines = _stored(session)
     with Session.open(bundle, devices, plan="whole", engine=engine) as session:

@@ -18,6 +18,7 @@ from parnet_export.samples import make_samples
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.polygraphy_results import Repeatable
     from parnet_export.bundle import Bundle
 
@@ -72,6 +73,7 @@ def verify_on(
     samples: int,
     seed: int,
     save: Path | None,
+    boundary: Boundary | None = None,
 ) -> DeviceVerification:
     """Compare engines on devices with a float32 reference, and note the result beside them.
 
@@ -83,6 +85,8 @@ def verify_on(
         Random inputs besides the others, and their seed.
     save
         Where Polygraphy's files go; without it Polygraphy is not used.
+    boundary
+        As for `Session.open`.
 
     Raises
     ------
@@ -91,7 +95,9 @@ def verify_on(
     MissingBackendError
         When the engine's runtime, or Polygraphy, is not installed.
     """
-    proof = prove_on_devices(bundle, devices, engine=engine, random_samples=samples, seed=seed)
+    proof = prove_on_devices(
+        bundle, devices, engine=engine, random_samples=samples, seed=seed, boundary=boundary
+    )
     recorded, problems = record_proof(bundle, proof)
     kept = None
     if save is not None:
@@ -101,7 +107,7 @@ def verify_on(
         sizes = {name: one for name, one in batch.items() if isinstance(name, str)}
         made = make_samples(bundle.stream_graph.inputs, seed=seed, sizes=sizes)
         feeds = [sample.inputs for sample in made]
-        with Session.open(bundle, devices, engine=engine) as session:
+        with Session.open(bundle, devices, engine=engine, boundary=boundary) as session:
             results = [session.run(feed) for feed in feeds]
         name = f"{engine} on {devices}"
         limit = LIMITS[bundle.manifest.precision].relative_error

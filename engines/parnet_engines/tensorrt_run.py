@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.cuda_driver import CudaDriver, Gpu
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_engines.engine_sidecar import Sidecar
     from parnet_engines.tensor_layout import TensorLayout
     from parnet_engines.tensorrt_log import LogRecording
     from parnet_engines.tensorrt_module import Backend, TensorRt
-    from parnet_engines.tensorrt_options import Boundary
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
 
@@ -311,7 +311,7 @@ def load_engines(
     device: int,
     *,
     backend: Backend | Literal["auto"] = "auto",
-    boundary: Boundary = "linear",
+    boundary: Boundary | None = None,
     max_aux_streams: int | None = None,
 ) -> dict[str, TensorRtEngine]:
     """Load engines that `parnet-export build` has built.
@@ -324,8 +324,10 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU, and its driver.
-    backend, boundary, max_aux_streams
+    backend, max_aux_streams
         Which engines; see `EngineOptions`.
+    boundary
+        Which ones, too; None: those that are built unless asked otherwise, ``"linear"``.
 
     Raises
     ------
@@ -337,7 +339,7 @@ def load_engines(
     chosen = choose_backend(backend)
     gpu = driver.gpus()[device]
     trt = import_tensorrt(chosen)
-    options = EngineOptions(boundary=boundary, max_aux_streams=max_aux_streams)
+    options = EngineOptions(boundary=boundary or "linear", max_aux_streams=max_aux_streams)
     paths = {name: find_engine(bundle, name, trt, gpu, options) for name in names}
     with contextlib.ExitStack() as undo:
         engines = {}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from parnet_engines.cost_table import WHOLE
-from parnet_engines.layouts import whole_graph
+from parnet_engines.boundary import choose_layouts
+from parnet_engines.bundle_engines import segment_of
+from parnet_engines.engine_cache import onnx_path
 from parnet_engines.tensor_layout import TensorLayout
 from parnet_engines.torch_graph import TorchGraph
 from parnet_export.errors import InputError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_export.bundle import Bundle
@@ -91,7 +93,7 @@ class TorchEngine:
 class TorchCudaEngine:
     """An ONNX file, run by torch on a GPU.
 
-    Half precision runs with channels last. Tensors between segments then lie that way too.
+    Half precision runs with channels last, whatever the layout of the tensors around it.
 
     Parameters
     ----------
@@ -101,8 +103,8 @@ class TorchCudaEngine:
         The ONNX file.
     device
         CUDA ordinal.
-    linear
-        Tensors that stay row-major: the network's own inputs and outputs.
+    layouts
+        How tensors lie that are not row-major.
     tf32
         Whether convolutions and products of float32 may be rounded to TF32.
 
@@ -119,13 +121,13 @@ class TorchCudaEngine:
         path: Path,
         device: int = 0,
         *,
-        linear: frozenset[str] = frozenset(),
+        layouts: Mapping[str, TensorLayout] | None = None,
         tf32: bool = False,
     ) -> None:
         require_kernels(device)
         self._segment = segment
         self._device = device
-        self._linear = linear
+        self._layouts = dict(layouts or {})
         self._tf32 = tf32
         specs = (*segment.inputs, *segment.outputs)
         self._channels_last = any(spec.dtype == "float16" for spec in specs)
@@ -156,8 +158,7 @@ class TorchCudaEngine:
 
     def layout(self, tensor: str) -> TensorLayout:
         """Return the layout in which the engine reads or writes one of its tensors."""
-        spec = next(s for s in (*self.inputs, *self.outputs) if s.name == tensor)
-        return boundary_layout(spec, is_linear=tensor in self._linear)
+        return self._layouts.get(tensor, TensorLayout.LINEAR)
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]
@@ -210,20 +211,6 @@ class _CudaBinding:
             _precision(tf32=self._tf32),
         ):
             _compute(self._graph, self._reads, self._writes)
-
-
-def boundary_layout(spec: TensorSpec, *, is_linear: bool) -> TensorLayout:
-    """Return how a tensor between two of torch's segments lies: channels last in half precision.
-
-    Parameters
-    ----------
-    spec
-        The tensor.
-    is_linear
-        Whether it must be row-major, as the network's inputs and outputs.
-    """
-    vectorised = spec.dtype == "float16" and len(spec.shape) == 4 and not is_linear
-    return TensorLayout.HWC8 if vectorised else TensorLayout.LINEAR
 
 
 def strides_of(tensor: DeviceTensor) -> tuple[int, ...] | None:
@@ -300,6 +287,8 @@ def load_engines(
     names: Iterable[str],
     driver: CudaDriver,  # noqa: ARG001 - torch brings its own
     device: int,
+    *,
+    boundary: Boundary | None = None,
 ) -> dict[str, TorchCudaEngine]:
     """Load graphs of a bundle on a GPU.
 
@@ -311,6 +300,9 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU's ordinal, and its driver.
+    boundary
+        How tensors between engines lie; None: as torch computes them, in vectors where the
+        precision has any.
 
     Raises
     ------
@@ -318,17 +310,15 @@ def load_engines(
         When torch cannot run on the GPU, or a graph has an operator that is not here.
     """
     graph = bundle.stream_graph
-    linear = frozenset(spec.name for spec in (*graph.inputs, *graph.outputs))
-    whole = whole_graph(graph, bundle.manifest.whole_cost)
-    return {
-        name: TorchCudaEngine(
-            (whole if name == WHOLE else graph)[name],
-            bundle.whole_path if name == WHOLE else bundle.segment_path(name),
-            device,
-            linear=linear,
-        )
-        for name in names
-    }
+    outside = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+    engines = {}
+    for name in names:
+        segment = segment_of(bundle, name)
+        tensors = (*segment.inputs, *segment.outputs)
+        layouts = choose_layouts(tensors, boundary or "vector", outside)
+        path = onnx_path(bundle, name)
+        engines[name] = TorchCudaEngine(segment, path, device, layouts=layouts)
+    return engines
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from parnet_bench import selftest
+from parnet_bench import engine_rows, selftest
 from parnet_bench.engine_comparison import (
     Limits,
     Request,
@@ -15,7 +17,7 @@ from parnet_bench.engine_comparison import (
     measure_peaks,
     summarise,
 )
-from parnet_bench.engine_rows import EngineRow, PathFigures
+from parnet_bench.engine_rows import SPLIT, SPLIT_BY_VECTORS, EngineRow, PathFigures
 from parnet_engines.accuracy import LIMITS, Accuracy
 from parnet_engines.clock import FakeClock
 from parnet_engines.device_proof import DeviceProof
@@ -95,6 +97,45 @@ def test_a_missed_aim_says_where_the_time_goes(split_ms, missed):
     assert text.startswith(f"net: split streams are {3 / split_ms:.2f}x as fast as the whole")
     assert ("critical path takes 1.750 ms (stream3 1.250 ms, stem 0.500 ms)" in text) == missed
     assert ("overlap 40% of the time: one stream dominates" in text) == missed
+
+
+def test_the_better_boundary_is_compared_with_the_aim_and_with_the_other():
+    clock = FakeClock()
+    rows = [
+        row("whole engine", clock, 3.0),
+        row(SPLIT, clock, 2.0),
+        row(SPLIT_BY_VECTORS, clock, 1.0),
+    ]
+    measured = summarise(rows, measure_in_turns(rows, Request(("net",), (), rounds=9), clock))
+    gain, aim = findings(measured, [Limits("net", 0.1, 0.2, PathFigures())])
+    assert gain.startswith("net: with vectors between engines split streams are 2.00x (2.00")
+    assert aim == f"net: {SPLIT_BY_VECTORS} are 3.00x as fast as the whole engine"
+
+
+@pytest.mark.parametrize(
+    ("precision", "devices", "wanted"),
+    [
+        ("fp16", "0", {SPLIT: "linear", SPLIT_BY_VECTORS: "vector"}),
+        ("fp32", "0", {SPLIT: None}),
+        ("fp16", "cpu", {SPLIT: None}),
+    ],
+)
+def test_both_boundaries_have_a_row_where_there_are_two(monkeypatch, precision, devices, wanted):
+    asked = []
+
+    def note(*_, plan="whole", boundary=None, **__):
+        if plan == "streams":
+            asked.append(boundary)
+        raise InputError("it", "is not here", "Wait")
+
+    monkeypatch.setattr(engine_rows.Session, "open", note)
+    monkeypatch.setattr(engine_rows.CudaSession, "open_on_gpus", note)
+    monkeypatch.setattr(engine_rows, "_open_with_aux_streams", note)
+    bundle = SimpleNamespace(manifest=SimpleNamespace(precision=precision))
+    with contextlib.ExitStack() as stack:
+        rows = engine_rows.session_rows(stack, "net", bundle, devices, "torch")
+        names = [found.name for found in rows if found.name.startswith("split")]
+    assert dict(zip(names, asked, strict=True)) == wanted
 
 
 @pytest.mark.slow

@@ -376,7 +376,7 @@ def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(build, bundle, m
     [
         ([*RTX, "--timing-cache", "cache"], "--timing-cache: TensorRT-RTX has no timing cache"),
         ([*RTX, "--version-compatible"], "--version-compatible: TensorRT-RTX has no engines"),
-        ([*RTX, "--boundary", "vector"], "TensorRT has no channels-last vectors for fp32"),
+        ([*RTX, "--boundary", "vector"], "there are no channels-last vectors for fp32"),
         ([*RTX, "--shapes", "1/2/3"], "--shapes: all shapes of the bundle are fixed"),
         ([*RTX, "--compute-capability", "9"], "'9' is no compute capability"),
         ([*RTX, "--compute-capability", "8.9", "--devices", "0"], "the devices tell it already"),

@@ -385,7 +385,7 @@ def recorder(monkeypatch, bundle):
     monkeypatch.setattr(gpu_plan, "_BUDGET_S", 0.05)
     monkeypatch.setattr(cuda_session, "open_driver", lambda _: found)
 
-    def load(bundle, names, driver, device):
+    def load(bundle, names, driver, device, **_):
         graph = bundle.stream_graph
         whole = whole_graph(graph)[WHOLE]
         return {
@@ -443,7 +443,7 @@ def test_automatically_the_first_runtime_that_can_is_taken(bundle, monkeypatch):
     tried = []
 
     def fake(name):
-        def load(bundle, names, driver, device):
+        def load(bundle, names, driver, device, **_):
             tried.append(name)
             if name == "tensorrt":
                 raise MissingBackendError("tensorrt", "It", "pip")

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from parnet_engines.cuda_engine import DeviceTensor
 from parnet_engines.tensor_layout import TensorLayout
-from parnet_engines.torch_engine import TorchEngine, _fits, boundary_layout, strides_of
+from parnet_engines.torch_engine import TorchEngine, _fits, strides_of
 from parnet_engines.torch_graph import TorchGraph
 from parnet_export.errors import InputError
 from parnet_export.models.catalog import CATALOG, FAMILIES
@@ -285,16 +285,6 @@ def test_channels_last_tensors_lie_as_numpy_says():
     seen = np.lib.stride_tricks.as_strided(memory, shape, strides_of(tensor))
     vectors = memory.reshape(2, 3, 4, 8)[..., :5]  # N, H, W, C padded to 8
     np.testing.assert_array_equal(seen, vectors.transpose(0, 3, 1, 2))
-
-
-def test_only_images_of_half_precision_lie_channels_last():
-    image = TensorSpec("x", "float16", ("batch", 8, 4, 4))
-    assert boundary_layout(image, is_linear=False) is TensorLayout.HWC8
-    assert boundary_layout(image, is_linear=True) is TensorLayout.LINEAR
-    single = TensorSpec("x", "float32", ("batch", 8, 4, 4))
-    assert boundary_layout(single, is_linear=False) is TensorLayout.LINEAR
-    vector = TensorSpec("x", "float16", ("batch", 8))
-    assert boundary_layout(vector, is_linear=False) is TensorLayout.LINEAR
 
 
 @pytest.mark.parametrize(
