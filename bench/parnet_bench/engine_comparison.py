@@ -370,6 +370,7 @@ def _reference_row(
         stack,
         name,
         "whole engine",
+        request.engine,
         lambda: Session.open(bundle, first, plan="whole", engine=request.engine),
     )
 

@@ -129,16 +129,30 @@ def open_session_row(
     stack: contextlib.ExitStack,
     network: str,
     name: str,
+    engine: str,
     open_session: Callable[[], AnySession],
 ) -> EngineRow:
-    """Return a row for a session, which the stack closes."""
+    """Return a row for a session, which the stack closes.
+
+    Parameters
+    ----------
+    stack
+        Closes it.
+    network, name, engine
+        As for `EngineRow`; the engine as for `Session.open`.
+    open_session
+        Opens it.
+    """
     try:
         session = stack.enter_context(open_session())
         run = _runner(session)
         run()
     except (ParnetError, RuntimeError) as error:
         return EngineRow(network, name, None, reason=str(error).strip().split("\n")[0])
-    engine = session.engine if isinstance(session, CudaSession) else "onnxruntime"
+    if isinstance(session, CudaSession):
+        engine = session.engine
+    elif engine == "auto":
+        engine = "onnxruntime"
     return EngineRow(network, name, run, engine, str(session.execution))
 
 
@@ -183,16 +197,19 @@ def session_rows(
     def with_aux_streams() -> AnySession:
         return _open_with_aux_streams(bundle, first)
 
-    yield open_session_row(stack, network, "whole engine", whole)
+    row = partial(open_session_row, stack, network)
+    yield row("whole engine", engine, whole)
     if names_gpus(first):
-        yield open_session_row(stack, network, "whole engine, no CUDA graph", without_graph)
-        yield open_session_row(stack, network, "whole engine, aux streams", with_aux_streams)
+        yield row("whole engine, no CUDA graph", engine, without_graph)
+        yield open_session_row(
+            stack, network, "whole engine, aux streams", engine, with_aux_streams
+        )
     boundary: Boundary | None = "linear" if has_vectors else None
-    yield open_session_row(stack, network, SPLIT, partial(streams, boundary))
+    yield row(SPLIT, engine, partial(streams, boundary))
     if has_vectors:
-        yield open_session_row(stack, network, SPLIT_BY_VECTORS, partial(streams, "vector"))
+        yield row(SPLIT_BY_VECTORS, engine, partial(streams, "vector"))
     if names_gpus(first):
-        yield open_session_row(stack, network, "authors' layout", authors)
+        yield row("authors' layout", engine, authors)
 
 
 def path_figures(bundle: Bundle, devices: str, engine: str) -> PathFigures:

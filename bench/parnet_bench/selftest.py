@@ -242,7 +242,8 @@ def _graph_and_none(request: Request, bundle: Bundle) -> tuple[bool, str]:
         bundle, request.devices, engine=request.engine, use_graphs=False
     ) as session:
         expected = session.run(image)
-    row = assess("graph", [(n, found[n], v) for n, v in expected.items()], LIMITS["fp32"])
+    pairs = [(name, found[name], value) for name, value in expected.items()]
+    row = assess("graph", pairs, LIMITS[request.precision])
     return row.passed, f"{how}; relative error {row.relative_error:.1e}"
 
 

@@ -181,7 +181,7 @@ class CudaDriver(Protocol):
         target_device: int,
         source_device: int,
     ) -> None:
-        """Enqueue a copy between the memories of two devices."""
+        """Enqueue a copy between the memories of two devices that can access each other's."""
 
     def clear(self, address: int, size_bytes: int, stream: int) -> None:
         """Enqueue filling memory with zeros."""

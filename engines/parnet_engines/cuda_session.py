@@ -207,9 +207,10 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             Arrays in the same GPU that network outputs are written to.
         stream
             A CUDA stream of any library: the inference begins after what it has been
-            given so far, and what it is given later begins after the inference. Without
-            one, arrays in the GPU are taken to be written on the stream that they
-            name, or on the default stream.
+            given so far, and what it is given later begins after the inference. It also
+            begins after what the streams have been given that arrays in the GPU name
+            (CuPy's and Numba's do); arrays that name none are taken to be in use on the
+            default stream, if no stream is given here.
 
         Returns
         -------
@@ -288,7 +289,10 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             handle = None
             if stream is not None:
                 handle = stream_handle(stream, self._driver, self._home)
-            after = {a.stream or LEGACY_DEFAULT_STREAM for a in sources.values()}
+            arrays_there = (*sources.values(), *targets.values())
+            after = {a.stream for a in arrays_there if a.stream is not None}
+            if handle is None and any(a.stream is None for a in arrays_there):
+                after.add(LEGACY_DEFAULT_STREAM)
             if len(sources) < len(self.inputs):
                 for spec, buffer, array in zip(self.inputs, host.inputs, arrays, strict=True):
                     if spec.name not in sources:
@@ -298,7 +302,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
                 inputs=[_pointer(sources.get(spec.name)) for spec in self.inputs],
                 outputs=[_pointer(targets.get(spec.name)) for spec in self.outputs],
                 stream=handle,
-                after=after if handle is None else (),
+                after=after - {handle},
             )
             self._keep(spans)
             return {

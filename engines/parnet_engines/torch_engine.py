@@ -7,6 +7,7 @@ or without TensorRT.
 from __future__ import annotations
 
 import contextlib
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
+
+_ENQUEUEING = threading.Lock()
+"""Which precisions are allowed, and the workspaces of cuBLAS, are the same for all threads."""
 
 
 class TorchEngine:
@@ -171,7 +175,9 @@ class TorchCudaEngine:
 
     def close(self) -> None:
         """Release the weights, as soon as no binding is left."""
-        self._graph = None
+        if self._graph is not None:
+            self._graph = None
+            _forget_workspaces()
 
 
 class _CudaBinding:
@@ -195,7 +201,9 @@ class _CudaBinding:
         self._writes = writes
         self._device = device
         self._tf32 = tf32
-        self._pool = torch.cuda.MemPool()
+        with torch.cuda.device(device):  # a pool is of the device that is current
+            self._pool = torch.cuda.MemPool()
+        _forget_workspaces()
         self._streams: dict[int, torch.cuda.ExternalStream] = {}
 
     def __call__(self, stream: int) -> None:
@@ -205,12 +213,27 @@ class _CudaBinding:
         if external is None:
             external = self._streams[stream] = torch.cuda.ExternalStream(stream, device)
         with (
+            _ENQUEUEING,
             torch.cuda.device(device),
             torch.cuda.stream(external),
             torch.cuda.use_mem_pool(self._pool, device),
             _precision(tf32=self._tf32),
         ):
             _compute(self._graph, self._reads, self._writes)
+
+
+def _forget_workspaces() -> None:
+    """Let cuBLAS take new workspaces when it next runs.
+
+    torch keeps one for each CUDA stream by the stream's handle, also when the stream is gone
+    and with it the pool that the workspace is of. A new stream may have the same handle, and
+    a captured graph would work in memory that is about to be released. Graphs that are there
+    keep theirs: it returns to the pool of their binding, which nobody else takes memory from.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001
+    if forget is not None:
+        with _ENQUEUEING:
+            forget()
 
 
 def strides_of(tensor: DeviceTensor) -> tuple[int, ...] | None:

@@ -155,6 +155,32 @@ def test_the_stream_that_an_array_was_written_on_comes_first(driver, stream):
         assert record.operands[0] == (stream or 1)
 
 
+def recorded_on(calls):
+    """The streams that the inference comes after: events are recorded there at its start."""
+    launch = next(number for number, call in enumerate(calls) if call.verb == "launch")
+    return {call.operands[0] for call in calls[:launch] if call.verb == "record_event"}
+
+
+def test_what_is_still_under_way_in_an_output_comes_first(driver):
+    with open_session(driver) as session:
+        target = OnDevice(driver, np.zeros_like(X))
+        session.run({"image": X}, outputs={"logits": target})
+        before = len(driver.calls)
+        session.run({"image": X}, outputs={"logits": target})
+        assert recorded_on(driver.calls[before:]) == {1}
+
+
+def test_streams_that_arrays_name_come_first_besides_the_one_that_is_given(driver):
+    with open_session(driver) as session:
+        given, own = (driver.create_stream(0, 0) for _ in range(2))
+        source, target = OnDevice(driver, X, stream=own), OnDevice(driver, X)
+        run = {"outputs": {"logits": target}, "stream": given}
+        session.run({"image": source}, **run)
+        before = len(driver.calls)
+        session.run({"image": source}, **run)
+        assert recorded_on(driver.calls[before:]) == {given, own}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
