@@ -25,10 +25,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
     A machine with a GPU need not have what the other tests compare with.
     """
-    folder = ROOT / "tests" / "gpu"
-    if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":
+    if config.getoption("markexpr") != "gpu":
         return None
-    return None if folder in collection_path.parents else True
+    folder = ROOT / "tests" / "gpu"
+    leads_there = collection_path in {folder, *folder.parents}
+    return None if leads_there or folder in collection_path.parents else True
 
 
 @pytest.fixture(scope="session")
