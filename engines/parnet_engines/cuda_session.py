@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from parnet_engines.execution import Execution
     from parnet_export.stream_graph import TensorSpec
 
+_KEPT_ADDRESSES = 64
+"""For how many addresses it is kept in mind that they are usable: asking CUDA takes time."""
+
 
 class CudaSession(BaseSession["CudaEngine", CudaHost]):
     """Runs a checked program on GPUs; several threads may share it.
@@ -74,6 +77,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         self._driver = driver
         self._use_graphs = use_graphs
         self._execution: Execution | None = None
+        self._usable: set[int] = set()
         self._engine_name = engine
         self._home = ordinal_of(program.program.origin.device)
 
@@ -273,19 +277,14 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     ) -> dict[str, Any]:
         self._require_own_process()
         # Only types and shapes are checked of what stands in for arrays in the GPU.
-        stand_ins = {
-            name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
-            for name, array in sources.items()
-        }
+        stand_ins = {name: _stand_in(a.dtype, a.shape) for name, a in sources.items()}
         arrays = checked_inputs(self.inputs, {**inputs, **stand_ins})
         with self._in_slot() as (slot, number):
             host = self._host(slot, arrays)
             self._check_targets(host, targets)
             for found, side in ((sources, "input"), (targets, "output")):
                 for name, given in found.items():
-                    copy = "Copy it there, or give a NumPy array"
-                    subject = f"{side} {name!r}"
-                    require_usable(given, self._driver, self._home, subject, copy=copy)
+                    self._require_usable(given, f"{side} {name!r}")
             handle = None
             if stream is not None:
                 handle = stream_handle(stream, self._driver, self._home)
@@ -310,6 +309,15 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
                 for spec, buffer in zip(self.outputs, host.outputs, strict=True)
             }
 
+    def _require_usable(self, array: DeviceArray, subject: str) -> None:
+        """Require that an array lies where an inference starts and ends, once for an address."""
+        if array.pointer in self._usable:
+            return
+        copy = "Copy it there, or give a NumPy array"
+        require_usable(array, self._driver, self._home, subject, copy=copy)
+        if len(self._usable) < _KEPT_ADDRESSES:
+            self._usable.add(array.pointer)
+
     def _on_device(
         self, specs: Sequence[TensorSpec], values: Mapping[str, Any], side: str
     ) -> dict[str, DeviceArray]:
@@ -324,7 +332,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     def _check_targets(self, host: CudaHost, targets: Mapping[str, DeviceArray]) -> None:
         for spec, buffer in zip(self.outputs, host.outputs, strict=True):
             array = targets.get(spec.name)
-            if array and (array.shape, array.dtype) != (buffer.shape, buffer.dtype.name):
+            if array and (array.shape, np.dtype(array.dtype)) != (buffer.shape, buffer.dtype):
                 raise InputError(
                     f"output {spec.name!r}",
                     f"was given as {array.dtype} {list(array.shape)}",
@@ -348,3 +356,8 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
 
 def _pointer(array: DeviceArray | None) -> int | None:
     return array.pointer if array else None
+
+
+@lru_cache(maxsize=64)
+def _stand_in(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.broadcast_to(np.zeros((), dtype), shape)

@@ -6,6 +6,7 @@ interface, others by DLPack; a PyCUDA allocation is an address. None is copied.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -179,14 +180,21 @@ def _interface_of(value: object, subject: str) -> dict[str, Any] | None:
 
 def _from_interface(interface: dict[str, Any], subject: str) -> DeviceArray:
     shape = tuple(int(size) for size in interface["shape"])
-    dtype = np.dtype(interface["typestr"])
+    name, item_bytes = _type_of(interface["typestr"])
     strides = interface.get("strides")
     if strides is not None:
-        _require_row_major(shape, [n // dtype.itemsize for n in strides], subject)
+        _require_row_major(shape, [n // item_bytes for n in strides], subject)
     stream = interface.get("stream")
     return DeviceArray(
-        int(interface["data"][0]), shape, dtype.name, None if stream is None else int(stream)
+        int(interface["data"][0]), shape, name, None if stream is None else int(stream)
     )
+
+
+@functools.cache
+def _type_of(code: str) -> tuple[str, int]:
+    """Return NumPy's name of an element type, which takes NumPy long to tell, and its size."""
+    dtype = np.dtype(code)
+    return dtype.name, dtype.itemsize
 
 
 def _from_dlpack(value: object, subject: str) -> DeviceArray:
