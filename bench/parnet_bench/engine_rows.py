@@ -201,9 +201,7 @@ def session_rows(
     yield row("whole engine", engine, whole)
     if names_gpus(first):
         yield row("whole engine, no CUDA graph", engine, without_graph)
-        yield open_session_row(
-            stack, network, "whole engine, aux streams", engine, with_aux_streams
-        )
+        yield row("whole engine, aux streams", engine, with_aux_streams)
     boundary: Boundary | None = "linear" if has_vectors else None
     yield row(SPLIT, engine, partial(streams, boundary))
     if has_vectors:

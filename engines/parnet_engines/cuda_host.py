@@ -213,14 +213,16 @@ class CudaHost:
             *(tuple(inputs) or (None,) * len(self._interface.inputs)),
             *(tuple(outputs) or (None,) * len(self._interface.outputs)),
         )
-        place = self._prepared_place(given)
-        launch, _ = self._launches[place]
-        began_ns = self._clocks.synchronise() if self._clocks else {}
         lanes = self._lanes
         with on_device(self._driver, lanes.home):
+            # First of all, since preparing a launch writes to the caller's tensors, too.
             for earlier in (*after, *(() if stream is None else (stream,))):
                 self._driver.record_event(self._arrived, earlier)
                 self._driver.wait_event(lanes.origin, self._arrived)
+        place = self._prepared_place(given)
+        launch, _ = self._launches[place]
+        began_ns = self._clocks.synchronise() if self._clocks else {}
+        with on_device(self._driver, lanes.home):
             self._interface.copy_in(given, place, lanes.origin)
             launch()
             self._interface.copy_out(given, place, lanes.origin)

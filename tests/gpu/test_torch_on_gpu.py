@@ -287,6 +287,21 @@ def test_an_output_that_is_still_being_written_is_waited_for(session, image, exp
     np.testing.assert_allclose(target.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_output_that_is_still_being_read_is_not_overwritten(session, image, expected):
+    source = torch.from_numpy(image).cuda()
+    target = torch.full(expected.shape, 7.0, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        kept = target.clone()
+        # Addresses that are new are captured anew, after a warm-up that writes there, too.
+        session.run({"image": source}, outputs={"logits": target}, stream=stream)
+    stream.synchronize()
+    assert (kept == 7.0).all()
+    np.testing.assert_allclose(target.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_graphs_outlive_what_cublas_keeps_for_other_streams(single_bundle, image):
     with open_torch(single_bundle, "0") as kept:
         expected = kept.run({"image": image})["logits"]
