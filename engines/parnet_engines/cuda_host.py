@@ -219,10 +219,9 @@ class CudaHost:
             for earlier in (*after, *(() if stream is None else (stream,))):
                 self._driver.record_event(self._arrived, earlier)
                 self._driver.wait_event(lanes.origin, self._arrived)
-        place = self._prepared_place(given)
-        launch, _ = self._launches[place]
-        began_ns = self._clocks.synchronise() if self._clocks else {}
-        with on_device(self._driver, lanes.home):
+            place = self._prepared_place(given)
+            launch, _ = self._launches[place]
+            began_ns = self._clocks.synchronise() if self._clocks else {}
             self._interface.copy_in(given, place, lanes.origin)
             launch()
             self._interface.copy_out(given, place, lanes.origin)
