@@ -99,7 +99,8 @@ class BindingsDriver:
 
     def is_primary_stream(self, stream: int, device: int) -> bool:
         """See `CudaDriver.is_primary_stream`."""
-        return int(self._call("cuStreamGetCtx", stream)) == int(self._contexts[device])
+        context = self._call_on(device, "cuStreamGetCtx", stream)
+        return int(context) == int(self._contexts[device])
 
     def create_event(self, device: int, *, timing: bool = False) -> int:
         """See `CudaDriver.create_event`."""

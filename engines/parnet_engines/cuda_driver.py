@@ -225,7 +225,7 @@ class CudaDriver(Protocol):
         """Return whether a stream has done all it was given."""
 
     def locate(self, address: int) -> PointerInfo:
-        """Return where an address lies."""
+        """Return where an address lies; a context has to be current, no matter which."""
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from parnet_engines.base_session import BaseSession
 from parnet_engines.cuda_devices import open_driver, ordinal_of, parse_gpus
+from parnet_engines.cuda_driver import on_device
 from parnet_engines.cuda_engines import load_engines, require_cuda_engine
 from parnet_engines.cuda_host import CudaHost
 from parnet_engines.cuda_memory import resolve_shapes
@@ -314,7 +315,8 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         if array.pointer in self._usable:
             return
         copy = "Copy it there, or give a NumPy array"
-        require_usable(array, self._driver, self._home, subject, copy=copy)
+        with on_device(self._driver, self._home):
+            require_usable(array, self._driver, self._home, subject, copy=copy)
         if len(self._usable) < _KEPT_ADDRESSES:
             self._usable.add(array.pointer)
 
