@@ -26,15 +26,20 @@ test: check
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 # On a machine with a GPU: the tests that need one, then what engines there take. PY is any
-# Python that has torch for CUDA, such as PY=python3; by default that of .venv, if it is there.
+# Python that has torch for CUDA and the dependencies of pyproject.toml, such as PY=python3; by
+# default that of .venv, if it is there. Packages elsewhere are found by PYTHONPATH.
 OUT ?= build/gpu
 gpu: PY ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu: export PYTHONPATH := .:engines:bench$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	mkdir -p $(OUT)
-	PYTHONPATH=.:engines:bench $(PY) -m pytest -m gpu
-	PYTHONPATH=.:engines:bench $(PY) -c "from parnet_bench.cli import main; main()" \
+	$(PY) -c "import msgspec, onnx_ir, onnxscript, psutil, pytest, safetensors, scipy, torch, typer"
+	$(PY) -m pytest -m gpu
+	$(PY) -c "from parnet_bench.cli import main; main()" \
 		selftest --devices 0 --output $(OUT)/selftest.json
-	PYTHONPATH=.:engines:bench $(PY) -c "from parnet_bench.cli import main; main()" \
+	$(PY) -c "from parnet_bench.cli import main; main()" \
+		selftest --devices 0 --precision fp16 --output $(OUT)/selftest-fp16.json
+	$(PY) -c "from parnet_bench.cli import main; main()" \
 		engines --devices 0 --output $(OUT)/engines.json
 
 check: $(READY)

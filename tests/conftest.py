@@ -20,6 +20,18 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing but the tests of GPUs under ``-m gpu``.
+
+    A machine with a GPU need not have what the other tests compare with.
+    """
+    if config.getoption("markexpr") != "gpu":
+        return None
+    folder = ROOT / "tests" / "gpu"
+    leads_there = collection_path in {folder, *folder.parents}
+    return None if leads_there or folder in collection_path.parents else True
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -17,6 +17,8 @@ import torch
 from parnet_bench import statistics
 from parnet_bench.engine_rows import (
     AUX_STREAMS,
+    SPLIT,
+    SPLIT_BY_VECTORS,
     EngineRow,
     PathFigures,
     open_session_row,
@@ -251,11 +253,19 @@ def findings(rows: Sequence[MeasuredRow], limits: Sequence[Limits]) -> tuple[str
     found = []
     by_name = {(row.network, row.name): row for row in rows}
     for limit in limits:
-        split = by_name.get((limit.network, "split streams"))
+        linear, vectors = (by_name.get((limit.network, n)) for n in (SPLIT, SPLIT_BY_VECTORS))
+        if linear and vectors and linear.samples_ms and vectors.samples_ms:
+            gain = ratio_of(*([median(r) for r in row.samples_ms] for row in (linear, vectors)))
+            found.append(
+                f"{limit.network}: with vectors between engines split streams are "
+                f"{gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as fast as with linear ones"
+            )
+        measured = [row for row in (linear, vectors) if row and row.median_ms is not None]
+        split = min(measured, key=lambda row: row.median_ms or 0.0, default=None)
         if split is None or split.against_whole is None or split.median_ms is None:
             continue
         ratio = split.against_whole
-        text = f"{limit.network}: split streams are {ratio.value:.2f}x as fast as the whole engine"
+        text = f"{limit.network}: {split.name} are {ratio.value:.2f}x as fast as the whole engine"
         if ratio.value < AIM:
             path = limit.path
             longest = sorted(path.segments_ms, key=lambda name: -path.segments_ms[name])[:3]
@@ -325,6 +335,9 @@ def _build_engines(request: Request, bundle: Bundle, progress: Callable[[str], N
     for options in (EngineOptions(), EngineOptions(max_aux_streams=AUX_STREAMS)):
         for report in build_engines(bundle, places, options):
             progress(f"engine of {report.segment}: {report.status}")
+    if request.precision == "fp16":
+        for report in build_engines(bundle, places, EngineOptions(boundary="vector"), whole=False):
+            progress(f"engine of {report.segment} with vectors: {report.status}")
 
 
 def _torch_rows(request: Request, name: str, device: torch.device) -> list[EngineRow]:
@@ -357,6 +370,7 @@ def _reference_row(
         stack,
         name,
         "whole engine",
+        request.engine,
         lambda: Session.open(bundle, first, plan="whole", engine=request.engine),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from parnet_engines.base_session import AnySession
+    from parnet_engines.boundary import Boundary
     from parnet_export.bundle import Bundle
 
 _RECORDED = 20
+SPLIT = "split streams"
+"""The name of the row of a split program."""
+
+SPLIT_BY_VECTORS = "split streams, vectors between engines"
+"""The same with channels last, in vectors of 8, between engines."""
+
 AUX_STREAMS = 4
 """How many more CUDA streams TensorRT may use inside an engine of the whole network."""
 
@@ -121,16 +129,30 @@ def open_session_row(
     stack: contextlib.ExitStack,
     network: str,
     name: str,
+    engine: str,
     open_session: Callable[[], AnySession],
 ) -> EngineRow:
-    """Return a row for a session, which the stack closes."""
+    """Return a row for a session, which the stack closes.
+
+    Parameters
+    ----------
+    stack
+        Closes it.
+    network, name, engine
+        As for `EngineRow`; the engine as for `Session.open`.
+    open_session
+        Opens it.
+    """
     try:
         session = stack.enter_context(open_session())
         run = _runner(session)
         run()
     except (ParnetError, RuntimeError) as error:
         return EngineRow(network, name, None, reason=str(error).strip().split("\n")[0])
-    engine = session.engine if isinstance(session, CudaSession) else "onnxruntime"
+    if isinstance(session, CudaSession):
+        engine = session.engine
+    elif engine == "auto":
+        engine = "onnxruntime"
     return EngineRow(network, name, run, engine, str(session.execution))
 
 
@@ -148,18 +170,20 @@ def session_rows(
     bundle
         The bundle.
     devices
-        Where: the whole engine on the first one, split streams there as well, and the
-        authors' layout on all of them, or on the same one three times.
+        Where: the whole engine on the first one, split streams there as well (in half
+        precision with either boundary between engines), and the authors' layout on all of
+        them, or on the same one three times.
     engine
         As for `Session.open`.
     """
     first = devices.split(",", maxsplit=1)[0]
+    has_vectors = names_gpus(first) and bundle.manifest.precision == "fp16"
 
     def whole() -> AnySession:
         return Session.open(bundle, first, plan="whole", engine=engine)
 
-    def streams() -> AnySession:
-        return Session.open(bundle, first, plan="streams", engine=engine)
+    def streams(boundary: Boundary | None) -> AnySession:
+        return Session.open(bundle, first, plan="streams", engine=engine, boundary=boundary)
 
     def authors() -> AnySession:
         places = devices if len(devices.split(",")) >= 3 else ",".join([first] * 3)
@@ -173,13 +197,17 @@ def session_rows(
     def with_aux_streams() -> AnySession:
         return _open_with_aux_streams(bundle, first)
 
-    yield open_session_row(stack, network, "whole engine", whole)
+    row = partial(open_session_row, stack, network)
+    yield row("whole engine", engine, whole)
     if names_gpus(first):
-        yield open_session_row(stack, network, "whole engine, no CUDA graph", without_graph)
-        yield open_session_row(stack, network, "whole engine, aux streams", with_aux_streams)
-    yield open_session_row(stack, network, "split streams", streams)
+        yield row("whole engine, no CUDA graph", engine, without_graph)
+        yield row("whole engine, aux streams", engine, with_aux_streams)
+    boundary: Boundary | None = "linear" if has_vectors else None
+    yield row(SPLIT, engine, partial(streams, boundary))
+    if has_vectors:
+        yield row(SPLIT_BY_VECTORS, engine, partial(streams, "vector"))
     if names_gpus(first):
-        yield open_session_row(stack, network, "authors' layout", authors)
+        yield row("authors' layout", engine, authors)
 
 
 def path_figures(bundle: Bundle, devices: str, engine: str) -> PathFigures:

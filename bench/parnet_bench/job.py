@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parnet_engines.boundary import Boundary  # noqa: TC001 - msgspec reads it
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -25,6 +27,8 @@ class Job:
         How many segments may run at the same time; None leaves it to the plan.
     data_transfers
         Whether inferences on GPUs copy their inputs there and their outputs back.
+    boundary
+        How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
     """
 
     bundle: str
@@ -34,3 +38,4 @@ class Job:
     sizes: dict[str, int]
     lanes: int | None = None
     data_transfers: bool = True
+    boundary: Boundary | None = None

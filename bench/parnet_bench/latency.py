@@ -135,6 +135,7 @@ class _Run:
             sizes=row.sizes,
             lanes=row.description.lanes,
             data_transfers=self._procedure.data_transfers,
+            boundary=row.description.boundary,
         )
         return _WatchedRow(name, job, self._energy, self._watch)
 

@@ -119,6 +119,13 @@ def latency(
         int | None,
         typer.Option(min=1, help="Segments that may run at the same time.", metavar="N"),
     ] = None,
+    boundary: Annotated[
+        Literal["linear", "vector"] | None,
+        typer.Option(
+            help="Memory layout of tensors between engines on GPUs. Default: the runtime's own.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of each row; one per core by default.", metavar="N"),
@@ -236,7 +243,7 @@ def latency(
     from parnet_bench.table import render
 
     _refuse(context, _OF_SCENARIOS if scenario is None else _OF_ROUNDS, scenario)
-    check_devices(devices, threads=threads, data_transfers=data_transfers)
+    check_devices(devices, threads=threads, data_transfers=data_transfers, boundary=boundary)
     _check_times(max_time, min_time)
     _check_plan(plan)
     if ckpt is None and (arch or use_ema or activation != "auto"):
@@ -257,6 +264,7 @@ def latency(
         threads=threads,
         lanes=lanes,
         plan=plan,
+        boundary=boundary,
         seed=seed,
         task=task,
     )

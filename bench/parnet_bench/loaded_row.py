@@ -169,6 +169,7 @@ class LoadedRow:
             threads=None if names_gpus(job.devices) else len(job.cores),
             in_flight=in_flight,
             record=record,
+            boundary=job.boundary,
         )
 
     def __enter__(self) -> Self:

@@ -230,6 +230,7 @@ def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
         cores=row.description.cores,
         sizes=row.sizes,
         lanes=row.description.lanes,
+        boundary=row.description.boundary,
     )
     run_scenario(ScenarioJob(job, load, str(folder)))
     return _Run(row, load, read_outcome(folder, load.scenario), folder)

@@ -9,6 +9,7 @@ from parnet_bench import graphs
 from parnet_bench.graphs import AS_IT_IS, Reading
 
 if TYPE_CHECKING:
+    from parnet_engines.boundary import Boundary
     from parnet_export.bundle import Precision
 
 Task = Literal["classification", "detection"]
@@ -47,6 +48,8 @@ class Request:
         How many segments may run at the same time; by default as many as can.
     plan
         How segments are placed: a name of a plan, or the path of a program.
+    boundary
+        How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
     seed
         Seed of random weights.
     task
@@ -64,6 +67,7 @@ class Request:
     threads: int | None = None
     lanes: int | None = None
     plan: str = STREAMS
+    boundary: Boundary | None = None
     seed: int = 0
     task: Task = "classification"
 

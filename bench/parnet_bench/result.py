@@ -12,6 +12,7 @@ from parnet_bench.environment import Environment  # noqa: TC001
 from parnet_bench.footprint import Footprint  # noqa: TC001
 from parnet_bench.peaks import Peaks  # noqa: TC001
 from parnet_bench.procedure import Procedure, StopReason  # noqa: TC001
+from parnet_engines.boundary import Boundary  # noqa: TC001
 from parnet_export.bundle import Precision, Provenance  # noqa: TC001
 from parnet_export.stream_graph import TensorSpec  # noqa: TC001
 
@@ -62,6 +63,8 @@ class RowDescription:
         where an old file does not tell.
     lanes
         How many segments may run at the same time; None leaves it to the plan.
+    boundary
+        How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
     """
 
     name: str
@@ -79,6 +82,7 @@ class RowDescription:
     cores: tuple[int, ...]
     plan: str = ""
     lanes: int | None = None
+    boundary: Boundary | None = None
 
 
 @dataclass(frozen=True, slots=True)

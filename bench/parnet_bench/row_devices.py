@@ -11,8 +11,16 @@ from parnet_export.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from parnet_engines.boundary import Boundary
 
-def check_devices(devices: str, *, threads: int | None, data_transfers: bool = True) -> None:
+
+def check_devices(
+    devices: str,
+    *,
+    threads: int | None,
+    data_transfers: bool = True,
+    boundary: Boundary | None = None,
+) -> None:
     """Refuse what cannot be measured on some devices, before anything is exported.
 
     Raises
@@ -25,6 +33,9 @@ def check_devices(devices: str, *, threads: int | None, data_transfers: bool = T
     if names_gpus(devices):
         open_driver(parse_gpus(devices))
         return
+    if boundary is not None:
+        problem = "is between engines on GPUs, and the devices are none"
+        raise InputError("--boundary", problem, "Leave it out, or use --devices 0")
     found = parse_devices(devices, threads=threads)
     cores = sum(len(device.cores) for device in found)
     if threads is not None and threads > cores:

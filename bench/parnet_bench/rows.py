@@ -13,6 +13,7 @@ from parnet_bench.graphs import Geometry
 from parnet_bench.request import STREAMS, Request, with_default_targets
 from parnet_bench.result import RowDescription
 from parnet_bench.row_devices import cores_of, first_device
+from parnet_engines.boundary import require_boundary
 from parnet_engines.cuda_devices import names_gpus
 from parnet_export import files
 from parnet_export.bundle import open_bundle
@@ -182,6 +183,7 @@ class _Planner:
         rows = [self._row(target, bundle, "whole", precision)]
         if self._request.plan == "whole":
             return rows
+        require_boundary(self._request.boundary, bundle.manifest.precision, "--boundary")
         if len(bundle.stream_graph.segments) == 1:
             self.notes.append(f"{target} is a single segment, so it has no streams row.")
             return rows
@@ -233,6 +235,7 @@ class _Planner:
             cores=cores_of(devices, request.threads),
             plan=plan,
             lanes=lanes,
+            boundary=request.boundary if form == "streams" else None,
         )
         row = PlannedRow(description, bundle, sizes, plan)
         if plan != "auto" or names_gpus(devices):

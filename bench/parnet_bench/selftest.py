@@ -13,6 +13,7 @@ import numpy as np
 
 from parnet_bench.environment import Environment, read_environment
 from parnet_engines.accuracy import LIMITS, assess
+from parnet_engines.boundary import BOUNDARIES
 from parnet_engines.clock import MonotonicClock
 from parnet_engines.cuda_devices import lanes_on, names_gpus, open_driver, parse_gpus
 from parnet_engines.cuda_session import CudaSession
@@ -161,6 +162,8 @@ def _checks(
     yield "copies between devices", lambda: _dealt_out(request, bundle, folder)
     if names_gpus(request.devices):
         yield "with and without a CUDA graph", lambda: _graph_and_none(request, bundle)
+        if request.precision == "fp16":
+            yield "linear tensors and vectors between engines", lambda: _boundaries(request, bundle)
     yield "recording and overlap", lambda: _overlap(request, bundle, first)
     yield "latency", lambda: _latency(request, bundle, first)
 
@@ -184,7 +187,8 @@ def _image(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
 
 
 def _parity(request: Request, bundle: Bundle) -> tuple[bool, str]:
-    rows = prove_on_devices(bundle, request.devices, engine=request.engine, random_samples=2)
+    proof = prove_on_devices(bundle, request.devices, engine=request.engine, random_samples=2)
+    rows = proof.rows
     worst = max(rows, key=lambda row: row.relative_error)
     failed = [row.subject for row in rows if not row.passed]
     text = f"{len(rows)} compared, worst {worst.subject}: {worst.relative_error:.1e}"
@@ -238,8 +242,21 @@ def _graph_and_none(request: Request, bundle: Bundle) -> tuple[bool, str]:
         bundle, request.devices, engine=request.engine, use_graphs=False
     ) as session:
         expected = session.run(image)
-    row = assess("graph", [(n, found[n], v) for n, v in expected.items()], LIMITS["fp32"])
+    pairs = [(name, found[name], value) for name, value in expected.items()]
+    row = assess("graph", pairs, LIMITS[request.precision])
     return row.passed, f"{how}; relative error {row.relative_error:.1e}"
+
+
+def _boundaries(request: Request, bundle: Bundle) -> tuple[bool, str]:
+    rows = {
+        boundary: prove_on_devices(
+            bundle, request.devices, engine=request.engine, random_samples=2, boundary=boundary
+        ).rows
+        for boundary in BOUNDARIES
+    }
+    worst = {name: max(row.relative_error for row in found) for name, found in rows.items()}
+    text = ", ".join(f"{name}: relative error {error:.1e}" for name, error in worst.items())
+    return all(row.passed for found in rows.values() for row in found), text
 
 
 def _overlap(request: Request, bundle: Bundle, device: str) -> tuple[bool, str]:

@@ -121,6 +121,11 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         return self._checked_program
 
     @property
+    def engines(self) -> tuple[EngineT, ...]:
+        """The engines that are open, each once."""
+        return tuple(dict.fromkeys(self._engines.values()))
+
+    @property
     @abstractmethod
     def execution(self) -> Execution:
         """How the program is carried out."""

@@ -195,7 +195,8 @@ def _table(bundle: Bundle, reports: Sequence[EngineReport]) -> Table:
     table = Table(title=printable(title))
     table.caption = (
         "Layers: by the type of what they produce, as the engine tells on a GPU. "
-        "Verified: its numerics were checked on a device."
+        "Verified: `parnet-export verify --devices` has compared it, on a GPU, with float32; "
+        "the figure is the largest relative error."
     )
     table.add_column("engine")
     table.add_column("status")
@@ -211,7 +212,7 @@ def _table(bundle: Bundle, reports: Sequence[EngineReport]) -> Table:
             f"{sidecar.build_s:.2f} s",
             format_bytes(sidecar.plan_bytes),
             _layers(sidecar),
-            "yes" if sidecar.is_verified else "FAILED" if sidecar.verification else "no",
+            _verified(sidecar),
         )
     return table
 
@@ -233,6 +234,14 @@ def _say_why(reports: Sequence[EngineReport]) -> None:
             layers = audit.unexpected_fp32
             problem = f"{len(layers)} layers compute in fp32, though the bundle is fp16"
             console.warn(f"{report.segment}: {problem}: {name_some(layers)}")
+
+
+def _verified(sidecar: Sidecar) -> str:
+    found = sidecar.checked
+    if found is None:
+        return "no"
+    error = "not finite" if found.error is None else f"{found.error:.1e}"
+    return f"{'yes' if found.passed else 'FAILED'}, {error}"
 
 
 def _layers(sidecar: Sidecar) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from parnet_engines.boundary import choose_layouts, require_boundary
 from parnet_engines.build_place import BuildPlace, describe_driver
 from parnet_engines.cost_table import WHOLE
 from parnet_engines.engine_cache import (
@@ -23,7 +24,6 @@ from parnet_engines.engine_cache import (
 from parnet_engines.engine_sidecar import SCHEMA_VERSION, Sidecar
 from parnet_engines.tensorrt_build import BuildProgress, BuildRequest, build_engine
 from parnet_engines.tensorrt_module import LABELS, import_tensorrt, installed_version
-from parnet_engines.tensorrt_options import choose_layouts
 from parnet_export import files
 from parnet_export.errors import InputError
 from parnet_export.stream_graph import Segment
@@ -229,11 +229,7 @@ def require_options(
     InputError
         When one is asked for.
     """
-    precision = bundle.manifest.precision
-    if options.boundary == "vector" and precision != "fp16":
-        problem = f"TensorRT has no channels-last vectors for {precision}"
-        remedy = "Use --boundary linear, or split with --precision fp16"
-        raise InputError("--boundary vector", problem, remedy)
+    require_boundary(options.boundary, bundle.manifest.precision, "--boundary")
     if backend == "tensorrt-rtx":
         for option, is_given, lack in (
             ("--version-compatible", options.version_compatible, "engines for other versions"),

@@ -66,6 +66,13 @@ def verify(
     engine: Annotated[
         str, typer.Option(help="Runtime on --devices: tensorrt, torch, onnxruntime, openvino.")
     ] = "auto",
+    boundary: Annotated[
+        Literal["linear", "vector"] | None,
+        typer.Option(
+            help="Memory layout of tensors between engines on GPUs. Default: the runtime's own.",
+            show_default=False,
+        ),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -91,6 +98,9 @@ def verify(
     if save is not None and devices is None:
         problem = "keeps what engines on devices compute, and none are named"
         raise InputError("--save", problem, "Add --devices, such as --devices 0")
+    if boundary is not None and devices is None:
+        problem = "is between engines on devices, and none are named"
+        raise InputError("--boundary", problem, "Add --devices, such as --devices 0")
     opened = open_bundle(bundle)
     source = None
     if ckpt is not None:
@@ -111,7 +121,13 @@ def verify(
 
         with console.working(f"running engines on {devices}"):
             on_devices = device_verification.verify_on(
-                opened, devices, engine, samples=samples, seed=seed or 0, save=save
+                opened,
+                devices,
+                engine,
+                samples=samples,
+                seed=seed or 0,
+                save=save,
+                boundary=boundary,
             )
         result["devices"] = on_devices
         result["passed"] = proof.passed and on_devices.passed

@@ -99,7 +99,8 @@ class BindingsDriver:
 
     def is_primary_stream(self, stream: int, device: int) -> bool:
         """See `CudaDriver.is_primary_stream`."""
-        return int(self._call("cuStreamGetCtx", stream)) == int(self._contexts[device])
+        context = self._call_on(device, "cuStreamGetCtx", stream)
+        return int(context) == int(self._contexts[device])
 
     def create_event(self, device: int, *, timing: bool = False) -> int:
         """See `CudaDriver.create_event`."""
@@ -168,12 +169,15 @@ class BindingsDriver:
         size_bytes: int,
         stream: int,
         *,
-        target_device: int,
-        source_device: int,
+        target_device: int,  # noqa: ARG002 - the protocol's signature
+        source_device: int,  # noqa: ARG002
     ) -> None:
-        """See `CudaDriver.copy_peer`."""
-        to, origin = self._contexts[target_device], self._contexts[source_device]
-        self._call("cuMemcpyPeerAsync", target, to, source, origin, size_bytes, stream)
+        """See `CudaDriver.copy_peer`.
+
+        Both contexts can access the other's memory, and addresses are unique over all devices,
+        so that an ordinary copy does it, which can be captured like any other.
+        """
+        self._call("cuMemcpyAsync", target, source, size_bytes, stream)
 
     def clear(self, address: int, size_bytes: int, stream: int) -> None:
         """See `CudaDriver.clear`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from parnet_engines.cuda_driver import CudaDriver
 
@@ -31,13 +32,14 @@ def capture(driver: CudaDriver, device: int, stream: int, enqueue: Callable[[], 
     Exception
         Whatever refused the capture. None is open then, and no graph is left.
     """
-    driver.begin_capture(stream)
-    try:
-        enqueue()
-        graph = driver.end_capture(stream)
-    except BaseException:
-        driver.abort_capture(stream)
-        raise
+    with _without_collector():
+        driver.begin_capture(stream)
+        try:
+            enqueue()
+            graph = driver.end_capture(stream)
+        except BaseException:
+            driver.abort_capture(stream)
+            raise
     with contextlib.ExitStack() as undo:
         undo.callback(driver.destroy_graph, device, graph)
         executable = driver.instantiate(device, graph)
@@ -47,3 +49,18 @@ def capture(driver: CudaDriver, device: int, stream: int, enqueue: Callable[[], 
             driver.destroy_executable(device, executable)
             raise
     return executable
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's collector off meanwhile.
+
+    What it collects may release memory of the GPU, which CUDA forbids during a capture.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

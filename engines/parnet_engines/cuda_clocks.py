@@ -1,4 +1,4 @@
-"""Times of CUDA events on the time scale of the host's clock."""
+"""When runs and copies on GPUs began and ended, on the clock of the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from parnet_engines.cuda_driver import on_device
 from parnet_engines.recording import span_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from parnet_engines.clock import Clock
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_lanes import CudaLanes
@@ -15,20 +17,20 @@ if TYPE_CHECKING:
     from parnet_engines.program import Program
     from parnet_engines.recording import Span
 
-_NS_PER_MS = 1_000_000
-
 
 class CudaClocks:
-    """Says when runs and copies have begun and ended, with an event as zero on each device.
+    """An event on each device whose time the host knows, to measure all others against.
 
     Parameters
     ----------
-    program, lanes
-        What is timed; the lanes have timers.
+    program
+        The program.
+    lanes
+        Its streams, with timers.
     driver, resources
-        Where events come from, and who releases them.
+        CUDA, and who releases the events.
     clock
-        Whose time scale spans have.
+        The host's.
     """
 
     def __init__(
@@ -46,10 +48,10 @@ class CudaClocks:
         self._zeros = {
             device: resources.create_event(device, timing=True) for device in lanes.devices
         }
-        self._began_ns: dict[int, int] = {}
 
-    def synchronise(self) -> None:
-        """Note when each device's time scale begins; waits for its first stream."""
+    def synchronise(self) -> dict[int, int]:
+        """Let each device's time scale begin anew, and return when that was, on the clock."""
+        began_ns: dict[int, int] = {}
         leads: dict[int, int] = {}
         for lane, device in self._lanes.ordinals.items():
             leads.setdefault(device, self._lanes.streams[lane])
@@ -57,17 +59,26 @@ class CudaClocks:
             with on_device(self._driver, device):
                 self._driver.record_event(zero, leads[device])
                 self._driver.synchronize(leads[device])
-                self._began_ns[device] = self._clock.now_ns()
+                began_ns[device] = self._clock.now_ns()
+        return began_ns
 
-    def spans(self, inference: int) -> tuple[Span, ...]:
-        """Return a span for each run and copy of an inference that is complete."""
+    def spans(self, inference: int, began_ns: Mapping[int, int]) -> tuple[Span, ...]:
+        """Return the runs and copies of an inference that has ended.
+
+        Parameters
+        ----------
+        inference
+            Its number.
+        began_ns
+            What `synchronise` returned before it.
+        """
         found = []
         for index, timers in self._lanes.timers.items():
             device = self._lanes.ordinals[self._program.steps[index].lane]
-            zero, began_ns = self._zeros[device], self._began_ns[device]
-            begin_ns, end_ns = (
-                began_ns + round(self._driver.elapsed_ms(device, zero, event) * _NS_PER_MS)
+            moments = [
+                began_ns[device]
+                + round(self._driver.elapsed_ms(device, self._zeros[device], event) * 1e6)
                 for event in timers
-            )
-            found.append(span_of(self._program, index, begin_ns, end_ns, inference))
+            ]
+            found.append(span_of(self._program, index, moments[0], moments[1], inference))
         return tuple(found)

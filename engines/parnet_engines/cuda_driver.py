@@ -187,7 +187,7 @@ class CudaDriver(Protocol):
         target_device: int,
         source_device: int,
     ) -> None:
-        """Enqueue a copy between the memories of two devices."""
+        """Enqueue a copy between the memories of two devices that can access each other's."""
 
     def clear(self, address: int, size_bytes: int, stream: int) -> None:
         """Enqueue filling memory with zeros."""
@@ -231,7 +231,7 @@ class CudaDriver(Protocol):
         """Return whether a stream has done all it was given."""
 
     def locate(self, address: int) -> PointerInfo:
-        """Return where an address lies."""
+        """Return where an address lies; a context has to be current, no matter which."""
 
 
 @contextlib.contextmanager

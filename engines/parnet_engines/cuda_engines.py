@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from parnet_engines.boundary import require_boundary
 from parnet_engines.cuda_devices import ordinal_of
 from parnet_engines.program import Run
 from parnet_export.errors import InputError, MissingBackendError, ParnetError
@@ -13,6 +14,7 @@ from parnet_export.errors import InputError, MissingBackendError, ParnetError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine
     from parnet_engines.program import Program
@@ -33,13 +35,23 @@ class _Module(Protocol):
     """A module of `CUDA_ENGINES`."""
 
     def load_engines(
-        self, bundle: Bundle, names: Iterable[str], driver: CudaDriver, device: int
+        self,
+        bundle: Bundle,
+        names: Iterable[str],
+        driver: CudaDriver,
+        device: int,
+        *,
+        boundary: Boundary | None = None,
     ) -> Mapping[str, CudaEngine]:
         """Load the engines of segments, or of the whole graph, on one GPU."""
 
 
 def load_engines(
-    bundle: Bundle, program: Program, driver: CudaDriver, engine: str = "auto"
+    bundle: Bundle,
+    program: Program,
+    driver: CudaDriver,
+    engine: str = "auto",
+    boundary: Boundary | None = None,
 ) -> tuple[dict[tuple[str, str], CudaEngine], str]:
     """Load an engine for each segment and lane that runs it, one for each segment and GPU.
 
@@ -53,6 +65,8 @@ def load_engines(
         CUDA.
     engine
         A runtime of `CUDA_ENGINES`; ``"auto"``: the first of them that can be used here.
+    boundary
+        How tensors between engines lie in memory; None leaves it to the runtime.
 
     Returns
     -------
@@ -64,15 +78,16 @@ def load_engines(
     MissingBackendError
         When the runtime is not installed.
     InputError
-        When there is no such runtime, or it cannot load a segment on a GPU.
+        When there is no such runtime or boundary, or it cannot load a segment on a GPU.
     """
+    require_boundary(boundary, bundle.manifest.precision, "boundary")
     if engine != "auto":
         require_cuda_engine(engine)
-        return _load(bundle, program, driver, engine), engine
+        return _load(bundle, program, driver, engine, boundary), engine
     reasons = []
     for name in CUDA_ENGINES:
         try:
-            return _load(bundle, program, driver, name), name
+            return _load(bundle, program, driver, name, boundary), name
         except (InputError, MissingBackendError) as error:
             reasons.append(f"{name}: {error}")
     raise InputError(
@@ -88,7 +103,11 @@ def require_cuda_engine(engine: str) -> None:
 
 
 def _load(
-    bundle: Bundle, program: Program, driver: CudaDriver, engine: str
+    bundle: Bundle,
+    program: Program,
+    driver: CudaDriver,
+    engine: str,
+    boundary: Boundary | None,
 ) -> dict[tuple[str, str], CudaEngine]:
     places = {
         (step.segment, step.lane): ordinal_of(program.lanes_by_name[step.lane].device)
@@ -100,7 +119,7 @@ def _load(
     try:
         for device in dict.fromkeys(places.values()):
             names = dict.fromkeys(s for (s, _), where in places.items() if where == device)
-            found = module.load_engines(bundle, names, driver, device)
+            found = module.load_engines(bundle, names, driver, device, boundary=boundary)
             loaded |= {(name, device): one for name, one in found.items()}
     except ParnetError:
         for one in loaded.values():

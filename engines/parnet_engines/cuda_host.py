@@ -16,9 +16,10 @@ import numpy as np
 from parnet_engines.cuda_clocks import CudaClocks
 from parnet_engines.cuda_driver import CudaError, on_device
 from parnet_engines.cuda_engine import DeviceTensor
+from parnet_engines.cuda_interface import CudaInterface
 from parnet_engines.cuda_lanes import CudaLanes
 from parnet_engines.cuda_launch import Launcher
-from parnet_engines.cuda_memory import Region, allocate_buffers, array_at, find_layouts, from_layout
+from parnet_engines.cuda_memory import allocate_buffers, find_layouts, from_layout
 from parnet_engines.cuda_parts import PartTimers
 from parnet_engines.cuda_resources import CudaResources
 from parnet_engines.program import Run
@@ -33,14 +34,12 @@ if TYPE_CHECKING:
     from parnet_engines.clock import Clock
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine
+    from parnet_engines.cuda_memory import Region
     from parnet_engines.cuda_parts import PartTimes
     from parnet_engines.execution import Execution
     from parnet_engines.recording import Span
 
     Enqueue = Callable[[int], None]
-
-ALIGNMENT_BYTES = 256
-"""Engines may want tensors at multiples of this; CUDA's own allocations are."""
 
 _KEPT_PLACES = 4
 """For how many combinations of a caller's addresses graphs are kept."""
@@ -124,20 +123,15 @@ class CudaHost:
         self._arrived = resources.create_event(lanes.home)
         self._left = resources.create_event(lanes.home)
         self._clocks = (
-            CudaClocks(program, lanes, self._driver, resources, self._clock)
-            if self._clock is not None
-            else None
+            None
+            if self._clock is None
+            else CudaClocks(program, lanes, self._driver, resources, self._clock)
         )
-        self._inputs = tuple(self._pinned(name) for name in program.inputs)
-        self._outputs = tuple(self._pinned(name) for name in program.outputs)
-        self._interface = (*program.inputs, *program.outputs)
+        self._interface = CudaInterface(program, self._regions, self._driver, resources)
         self._launcher = Launcher(program, lanes, self._driver, resources, use_graphs=use_graphs)
         self._used_streams = tuple((d, lanes.streams[n]) for n, d in lanes.ordinals.items())
-        with on_device(self._driver, lanes.home):
-            for region in dict.fromkeys(self._regions[name] for name in program.inputs):
-                self._driver.clear(region.address, region.size_bytes, lanes.origin)
-        self._own_place = tuple(self._regions[name].address for name in self._interface)
-        self._launches[self._own_place] = self._prepare(self._regions)
+        self._interface.clear_inputs(lanes.origin)
+        self._launches[self._interface.own_place] = self._prepare(self._regions)
 
     @property
     def inputs(self) -> tuple[NDArray[Any], ...]:
@@ -147,12 +141,12 @@ class CudaHost:
         """
         if self._is_pending:
             self._settle()
-        return self._inputs
+        return self._interface.inputs
 
     @property
     def outputs(self) -> tuple[NDArray[Any], ...]:
         """Page-locked host memory with the outputs: valid from the end of `run` to the next."""
-        return self._outputs
+        return self._interface.outputs
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -170,7 +164,7 @@ class CudaHost:
 
         Given to `run`, they keep it from copying anything from and to the host.
         """
-        return self._own_place
+        return self._interface.own_place
 
     @property
     def regions(self) -> Mapping[str, Region]:
@@ -196,7 +190,7 @@ class CudaHost:
         inputs, outputs
             For each network input and output an address in the origin's device where the
             caller's tensor lies, or None to go by `inputs` and `outputs` of this object. They
-            are used in place if they are aligned to `ALIGNMENT_BYTES`, and for the first
+            are used in place if they are aligned as CUDA's own allocations are, and for the first
             few combinations of addresses; others are copied within the device.
         stream
             A CUDA stream of the origin's device to be ordered against: the inference
@@ -229,33 +223,33 @@ class CudaHost:
         if self._is_hung:
             raise SegmentHungError((), self._timeout_s or 0.0)
         given = (
-            *(tuple(inputs) or (None,) * len(self._inputs)),
-            *(tuple(outputs) or (None,) * len(self._outputs)),
+            *(tuple(inputs) or (None,) * len(self._interface.inputs)),
+            *(tuple(outputs) or (None,) * len(self._interface.outputs)),
         )
-        place, copied = self._place(given)
-        launch, _ = self._launches[place]
-        if self._clocks:
-            self._clocks.synchronise()
         lanes = self._lanes
         with on_device(self._driver, lanes.home):
+            # First of all, since preparing a launch writes to the caller's tensors, too.
             for earlier in (*after, *(() if stream is None else (stream,))):
                 self._driver.record_event(self._arrived, earlier)
                 self._driver.wait_event(lanes.origin, self._arrived)
+            place = self._prepared_place(given)
+            launch, _ = self._launches[place]
+            began_ns = self._clocks.synchronise() if self._clocks else {}
+            copy_in = partial(self._interface.copy_in, given, place, lanes.origin)
+            copy_out = partial(self._interface.copy_out, given, place, lanes.origin)
             if timed:
-                copy_in = partial(self._copy_in, given, copied)
-                copy_out = partial(self._copy_out, given, copied)
                 self._part_timers.enqueue(lanes.origin, copy_in, launch, copy_out)
             else:
-                self._copy_in(given, copied)
+                copy_in()
                 launch()
-                self._copy_out(given, copied)
+                copy_out()
             if stream is not None:
                 self._driver.record_event(self._left, lanes.origin)
                 self._driver.wait_event(stream, self._left)
             self._is_pending = True
-            if stream is None or None in given[len(self._inputs) :] or self._clocks:
+            if stream is None or None in given[len(self._interface.inputs) :] or self._clocks:
                 self._settle()
-        return self._clocks.spans(inference) if self._clocks else ()
+        return self._clocks.spans(inference, began_ns) if self._clocks else ()
 
     def part_times(self) -> PartTimes:
         """Return how long the parts of the last inference took that was `timed`.
@@ -302,12 +296,6 @@ class CudaHost:
     def _part_timers(self) -> PartTimers:
         return PartTimers(self._driver, self._resources, self._lanes.home)
 
-    def _pinned(self, name: str) -> NDArray[Any]:
-        """Return page-locked memory for a network input or output."""
-        region = self._regions[name]
-        address = self._resources.allocate_pinned(region.device, region.size_bytes)
-        return array_at(address, region.shape, region.dtype)
-
     def _prepare(
         self, regions: Mapping[str, Region]
     ) -> tuple[Callable[[], None], dict[int, Enqueue]]:
@@ -345,53 +333,16 @@ class CudaHost:
             raise SegmentFailedError(step.segment, error) from error
         return partial(_enqueue, step.segment, enqueue)
 
-    def _place(self, given: Sequence[int | None]) -> tuple[tuple[int, ...], frozenset[int]]:
-        """Return for which addresses to launch, and which of the caller's to copy."""
-        wanted = tuple(
-            own if address is None or address % ALIGNMENT_BYTES else address
-            for own, address in zip(self._own_place, given, strict=True)
-        )
-        if wanted not in self._launches:
-            if len(self._launches) > _KEPT_PLACES:
-                wanted = self._own_place
-            else:
-                regions = dict(self._regions)
-                for name, address in zip(self._interface, wanted, strict=True):
-                    old = regions[name]
-                    if address != old.address:
-                        regions[name] = Region(
-                            address, old.device, old.shape, old.dtype, old.layout
-                        )
-                self._settle()
-                self._launches[wanted] = self._prepare(regions)
-        copied = frozenset(
-            position
-            for position, address in enumerate(given)
-            if address is not None and address != wanted[position]
-        )
-        return wanted, copied
-
-    def _copy_in(self, given: Sequence[int | None], copied: frozenset[int]) -> None:
-        origin = self._lanes.origin
-        for position, array in enumerate(self._inputs):
-            region, address = self._regions[self._interface[position]], given[position]
-            size_bytes = region.size_bytes
-            if address is None:
-                source = array.ctypes.data
-                self._driver.copy_to_device(region.address, source, size_bytes, origin)
-            elif position in copied:
-                self._driver.copy_on_device(region.address, address, size_bytes, origin)
-
-    def _copy_out(self, given: Sequence[int | None], copied: frozenset[int]) -> None:
-        origin = self._lanes.origin
-        for position, array in enumerate(self._outputs, start=len(self._inputs)):
-            region, address = self._regions[self._interface[position]], given[position]
-            size_bytes = region.size_bytes
-            if address is None:
-                target = array.ctypes.data
-                self._driver.copy_to_host(target, region.address, size_bytes, origin)
-            elif position in copied:
-                self._driver.copy_on_device(address, region.address, size_bytes, origin)
+    def _prepared_place(self, given: Sequence[int | None]) -> tuple[int, ...]:
+        """Return for which addresses to launch, after whatever a launch there needs."""
+        wanted = self._interface.place(given)
+        if wanted in self._launches:
+            return wanted
+        if len(self._launches) > _KEPT_PLACES:
+            return self._interface.own_place
+        self._settle()
+        self._launches[wanted] = self._prepare(self._interface.regions_at(wanted))
+        return wanted
 
     def _settle(self) -> None:
         """Wait until the origin's stream has done all it was given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from parnet_engines.base_session import BaseSession
 from parnet_engines.cuda_devices import open_driver, ordinal_of, parse_gpus
+from parnet_engines.cuda_driver import on_device
 from parnet_engines.cuda_engines import load_engines, require_cuda_engine
 from parnet_engines.cuda_host import CudaHost
 from parnet_engines.cuda_memory import resolve_shapes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.check import CheckedProgram
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import CudaEngine, EngineFile
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from parnet_engines.evaluate import Objective
     from parnet_engines.execution import Execution
     from parnet_export.stream_graph import TensorSpec
+
+_KEPT_ADDRESSES = 64
+"""For how many addresses it is kept in mind that they are usable: asking CUDA takes time."""
 
 
 class CudaSession(BaseSession["CudaEngine", CudaHost]):
@@ -74,6 +79,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         self._driver = driver
         self._use_graphs = use_graphs
         self._execution: Execution | None = None
+        self._usable: set[int] = set()
         self._engine_name = engine
         self._home = ordinal_of(program.program.origin.device)
         self._uploaded: list[NDArray[Any]] | None = None
@@ -92,6 +98,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         record: bool = False,
         timeout_s: float | None = None,
         use_graphs: bool = True,
+        boundary: Boundary | None = None,
     ) -> Self:
         """Load a bundle on GPUs; see `Session.open`.
 
@@ -110,7 +117,12 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(Path(bundle))
         load = partial(
-            cls.load_on_gpus, bundle, driver=driver, engine=engine, use_graphs=use_graphs
+            cls.load_on_gpus,
+            bundle,
+            driver=driver,
+            engine=engine,
+            boundary=boundary,
+            use_graphs=use_graphs,
         )
         program = choose_on_gpus(
             bundle,
@@ -132,6 +144,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         *,
         driver: CudaDriver,
         engine: str = "auto",
+        boundary: Boundary | None = None,
         use_graphs: bool = True,
         record: bool = False,
         timeout_s: float | None = None,
@@ -146,7 +159,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         MissingBackendError
             When the runtime is not installed.
         """
-        engines, name = load_engines(bundle, program.program, driver, engine)
+        engines, name = load_engines(bundle, program.program, driver, engine, boundary)
         return cls(
             program,
             engines,
@@ -207,9 +220,10 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             Arrays in the same GPU that network outputs are written to.
         stream
             A CUDA stream of any library: the inference begins after what it has been
-            given so far, and what it is given later begins after the inference. Without
-            one, arrays in the GPU are taken to be written on the stream that they
-            name, or on the default stream.
+            given so far, and what it is given later begins after the inference. It also
+            begins after what the streams have been given that arrays in the GPU name
+            (CuPy's and Numba's do); arrays that name none are taken to be in use on the
+            default stream, if no stream is given here.
 
         Returns
         -------
@@ -337,23 +351,21 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     ) -> dict[str, Any]:
         self._require_own_process()
         # Only types and shapes are checked of what stands in for arrays in the GPU.
-        stand_ins = {
-            name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
-            for name, array in sources.items()
-        }
+        stand_ins = {name: _stand_in(a.dtype, a.shape) for name, a in sources.items()}
         arrays = checked_inputs(self.inputs, {**inputs, **stand_ins})
         with self._in_slot() as (slot, number):
             host = self._host(slot, arrays)
             self._check_targets(host, targets)
             for found, side in ((sources, "input"), (targets, "output")):
                 for name, given in found.items():
-                    copy = "Copy it there, or give a NumPy array"
-                    subject = f"{side} {name!r}"
-                    require_usable(given, self._driver, self._home, subject, copy=copy)
+                    self._require_usable(given, f"{side} {name!r}")
             handle = None
             if stream is not None:
                 handle = stream_handle(stream, self._driver, self._home)
-            after = {a.stream or LEGACY_DEFAULT_STREAM for a in sources.values()}
+            arrays_there = (*sources.values(), *targets.values())
+            after = {a.stream for a in arrays_there if a.stream is not None}
+            if handle is None and any(a.stream is None for a in arrays_there):
+                after.add(LEGACY_DEFAULT_STREAM)
             if len(sources) < len(self.inputs):
                 for spec, buffer, array in zip(self.inputs, host.inputs, arrays, strict=True):
                     if spec.name not in sources:
@@ -363,7 +375,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
                 inputs=[_pointer(sources.get(spec.name)) for spec in self.inputs],
                 outputs=[_pointer(targets.get(spec.name)) for spec in self.outputs],
                 stream=handle,
-                after=after if handle is None else (),
+                after=after - {handle},
             )
             self._keep(spans)
             return {
@@ -381,6 +393,16 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         count = len(self.inputs)
         return host.addresses[:count], host.addresses[count:]
 
+    def _require_usable(self, array: DeviceArray, subject: str) -> None:
+        """Require that an array lies where an inference starts and ends, once for an address."""
+        if array.pointer in self._usable:
+            return
+        copy = "Copy it there, or give a NumPy array"
+        with on_device(self._driver, self._home):
+            require_usable(array, self._driver, self._home, subject, copy=copy)
+        if len(self._usable) < _KEPT_ADDRESSES:
+            self._usable.add(array.pointer)
+
     def _on_device(
         self, specs: Sequence[TensorSpec], values: Mapping[str, Any], side: str
     ) -> dict[str, DeviceArray]:
@@ -395,7 +417,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     def _check_targets(self, host: CudaHost, targets: Mapping[str, DeviceArray]) -> None:
         for spec, buffer in zip(self.outputs, host.outputs, strict=True):
             array = targets.get(spec.name)
-            if array and (array.shape, array.dtype) != (buffer.shape, buffer.dtype.name):
+            if array and (array.shape, np.dtype(array.dtype)) != (buffer.shape, buffer.dtype):
                 raise InputError(
                     f"output {spec.name!r}",
                     f"was given as {array.dtype} {list(array.shape)}",
@@ -424,3 +446,8 @@ def _fill(host: CudaHost, arrays: Sequence[NDArray[Any]]) -> None:
 
 def _pointer(array: DeviceArray | None) -> int | None:
     return array.pointer if array else None
+
+
+@lru_cache(maxsize=64)
+def _stand_in(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.broadcast_to(np.zeros((), dtype), shape)

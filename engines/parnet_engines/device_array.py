@@ -6,6 +6,7 @@ interface, others by DLPack; a PyCUDA allocation is an address. None is copied.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 LEGACY_DEFAULT_STREAM = 1
 """CUDA's handle of the stream that libraries use unless told otherwise."""
+
+_VIEW_MODULES = ("cuda.core.utils", "cuda.core.experimental.utils")
+"""Where cuda-core has its views of arrays, since version 0.5 and before."""
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA and kDLCUDAManaged
 
@@ -179,30 +183,43 @@ def _interface_of(value: object, subject: str) -> dict[str, Any] | None:
 
 def _from_interface(interface: dict[str, Any], subject: str) -> DeviceArray:
     shape = tuple(int(size) for size in interface["shape"])
-    dtype = np.dtype(interface["typestr"])
+    name, item_bytes = _type_of(interface["typestr"])
     strides = interface.get("strides")
     if strides is not None:
-        _require_row_major(shape, [n // dtype.itemsize for n in strides], subject)
+        _require_row_major(shape, [n // item_bytes for n in strides], subject)
     stream = interface.get("stream")
     return DeviceArray(
-        int(interface["data"][0]), shape, dtype.name, None if stream is None else int(stream)
+        int(interface["data"][0]), shape, name, None if stream is None else int(stream)
     )
 
 
+@functools.cache
+def _type_of(code: str) -> tuple[str, int]:
+    """Return NumPy's name of an element type, which takes NumPy long to tell, and its size."""
+    dtype = np.dtype(code)
+    return dtype.name, dtype.itemsize
+
+
 def _from_dlpack(value: object, subject: str) -> DeviceArray:
-    try:
-        utils = importlib.import_module("cuda.core.utils")
-    except ModuleNotFoundError as error:
-        if error.name not in {"cuda", "cuda.core", "cuda.core.utils"}:
-            raise
-        purpose = "Taking arrays by DLPack"
-        install = "pip install 'parnet-export[gpu]'"
-        raise MissingBackendError("cuda.core", purpose, install) from error
-    view = utils.StridedMemoryView.from_dlpack(value, stream_ptr=LEGACY_DEFAULT_STREAM)
+    view = _strided_view()(value, stream_ptr=LEGACY_DEFAULT_STREAM)
     shape = tuple(int(size) for size in view.shape)
     if view.strides is not None:
         _require_row_major(shape, list(view.strides), subject)
     return DeviceArray(int(view.ptr), shape, np.dtype(view.dtype).name, LEGACY_DEFAULT_STREAM)
+
+
+def _strided_view() -> Any:
+    """Return what makes a `StridedMemoryView` of ``cuda.core`` of an array."""
+    for name in _VIEW_MODULES:
+        try:
+            view = importlib.import_module(name).StridedMemoryView
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+        else:
+            return getattr(view, "from_dlpack", view)
+    purpose = "Taking arrays by DLPack"
+    raise MissingBackendError("cuda.core", purpose, "pip install 'parnet-export[gpu]'")
 
 
 def _require_row_major(shape: Sequence[int], strides: Sequence[int], subject: str) -> None:

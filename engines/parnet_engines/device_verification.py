@@ -9,6 +9,7 @@ from rich.table import Table
 
 from parnet_engines.accuracy import LIMITS, Accuracy, require
 from parnet_engines.device_proof import prove_on_devices
+from parnet_engines.engine_verification import record_proof
 from parnet_engines.session import Session
 from parnet_export.console import printable
 from parnet_export.errors import CheckFailedError
@@ -17,6 +18,7 @@ from parnet_export.samples import make_samples
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.polygraphy_results import Repeatable
     from parnet_export.bundle import Bundle
 
@@ -30,11 +32,15 @@ class DeviceVerification:
     devices, engine
         As they were asked for.
     rows
-        As `parnet_engines.device_proof.prove_on_devices` returns them.
+        As in `parnet_engines.device_proof.DeviceProof`.
     polygraphy
         The comparison by Polygraphy and its files, if they were asked for.
     passed
         Whether all is within the limits.
+    recorded
+        Sidecars of engines in which the result is noted.
+    problems
+        Why it is not noted in others.
     """
 
     devices: str
@@ -42,6 +48,8 @@ class DeviceVerification:
     rows: tuple[Accuracy, ...]
     polygraphy: Repeatable | None
     passed: bool
+    recorded: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
     def require(self) -> None:
         """Raise unless all is within the limits.
@@ -65,8 +73,9 @@ def verify_on(
     samples: int,
     seed: int,
     save: Path | None,
+    boundary: Boundary | None = None,
 ) -> DeviceVerification:
-    """Compare engines on devices with a float32 reference.
+    """Compare engines on devices with a float32 reference, and note the result beside them.
 
     Parameters
     ----------
@@ -76,6 +85,8 @@ def verify_on(
         Random inputs besides the others, and their seed.
     save
         Where Polygraphy's files go; without it Polygraphy is not used.
+    boundary
+        As for `Session.open`.
 
     Raises
     ------
@@ -84,7 +95,10 @@ def verify_on(
     MissingBackendError
         When the engine's runtime, or Polygraphy, is not installed.
     """
-    rows = prove_on_devices(bundle, devices, engine=engine, random_samples=samples, seed=seed)
+    proof = prove_on_devices(
+        bundle, devices, engine=engine, random_samples=samples, seed=seed, boundary=boundary
+    )
+    recorded, problems = record_proof(bundle, proof)
     kept = None
     if save is not None:
         from parnet_engines.polygraphy_results import compare_and_save
@@ -93,24 +107,26 @@ def verify_on(
         sizes = {name: one for name, one in batch.items() if isinstance(name, str)}
         made = make_samples(bundle.stream_graph.inputs, seed=seed, sizes=sizes)
         feeds = [sample.inputs for sample in made]
-        with Session.open(bundle, devices, engine=engine) as session:
+        with Session.open(bundle, devices, engine=engine, boundary=boundary) as session:
             results = [session.run(feed) for feed in feeds]
         name = f"{engine} on {devices}"
         limit = LIMITS[bundle.manifest.precision].relative_error
         kept = compare_and_save(bundle, feeds, results, save, name=name, limit=limit)
-    passed = all(row.passed for row in rows) and (kept is None or kept.passed)
-    return DeviceVerification(devices, engine, rows, kept, passed)
+    passed = all(row.passed for row in proof.rows) and (kept is None or kept.passed)
+    return DeviceVerification(devices, engine, proof.rows, kept, passed, recorded, problems)
 
 
 def table(found: DeviceVerification) -> Table:
     """Show one row for each segment, the split program and the whole engine."""
-    caption = ""
+    notes = list(found.problems)
+    if found.recorded:
+        notes.insert(0, f"Noted in the sidecars of {len(found.recorded)} engines.")
     if found.polygraphy is not None:
         outcome = "agrees" if found.polygraphy.passed else "DISAGREES"
-        caption = f"Polygraphy {outcome}. Repeat: {found.polygraphy.command}"
+        notes.append(f"Polygraphy {outcome}. Repeat: {found.polygraphy.command}")
     shown = Table(
         title=printable(f"{found.engine} on {found.devices}, against float32"),
-        caption=printable(caption),
+        caption=printable("\n".join(notes)),
     )
     shown.add_column("engine")
     for title in ("cosine", "relative error", "limit", "top-1"):

@@ -117,31 +117,54 @@ class Verification:
     ----------
     gpu
         Where it ran.
+    plan_sha256
+        Digest of the plan file that ran.
     error
         Largest difference relative to the largest value of the reference; None if a result
         was not finite, for which JSON has no number.
     limit
         Largest error that counts as equal.
+    cosine
+        Least cosine of the angle between result and reference; None as for `error`.
+    least_cosine
+        Least cosine that counts as equal.
     samples
         How many inputs were compared.
     when
         UTC time, ISO 8601.
+    top1
+        Share of items whose greatest score is the reference's; None where there are no scores.
+    least_top1
+        Least share that counts as equal.
     """
 
     gpu: str
+    plan_sha256: str
     error: float | None
     limit: float
+    cosine: float | None
+    least_cosine: float
     samples: int
     when: str
+    top1: float | None = None
+    least_top1: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.error is not None and not math.isfinite(self.error):
-            object.__setattr__(self, "error", None)
+        for name in ("error", "cosine"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
 
     @property
     def passed(self) -> bool:
         """Whether the engine computes what it should."""
-        return self.error is not None and self.error <= self.limit
+        return (
+            self.error is not None
+            and self.error <= self.limit
+            and self.cosine is not None
+            and self.cosine >= self.least_cosine
+            and (self.top1 is None or self.top1 >= self.least_top1)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +214,15 @@ class Sidecar:
     sidecar_sha256: str = _NO_DIGEST
 
     @property
+    def checked(self) -> Verification | None:
+        """What a check of this very plan's numerics on a device has found; None without one."""
+        found = self.verification
+        return found if found is not None and found.plan_sha256 == self.plan_sha256 else None
+
+    @property
     def is_verified(self) -> bool:
         """Whether its numerics were checked on a device, and hold."""
-        return self.verification is not None and self.verification.passed
+        return self.checked is not None and self.checked.passed
 
     @property
     def built_for(self) -> str:
@@ -251,12 +280,17 @@ def read_sidecar(path: Path) -> Sidecar:
 def record_verification(path: Path, verification: Verification) -> Sidecar:
     """Note in a sidecar what a check of the engine's numerics on a device has found.
 
+    The sidecar of an engine that was built anew since the check stays as it is.
+
     Raises
     ------
     InputError
         When the sidecar cannot be read or written.
     """
-    return write_sidecar(path, replace(read_sidecar(path), verification=verification))
+    sidecar = read_sidecar(path)
+    if sidecar.plan_sha256 != verification.plan_sha256:
+        return sidecar
+    return write_sidecar(path, replace(sidecar, verification=verification))
 
 
 def misfit(sidecar: Sidecar, *, version: str, platform: str, gpu: Gpu | None) -> str:

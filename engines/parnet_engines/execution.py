@@ -40,4 +40,10 @@ class Execution:
             "device graphs": f"{self.launches} CUDA graphs, one for each device and phase",
             "enqueue": "step by step, without a CUDA graph",
         }[self.mode]
+        text += {
+            "none": "",
+            "memory": ", copies within one memory",
+            "peer": ", copies from GPU to GPU",
+            "pinned host": ", copies by way of the host",
+        }[self.copies]
         return f"{text} ({self.reason})" if self.reason else text

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor, EngineFile
     from parnet_export.bundle import Bundle
@@ -199,6 +200,8 @@ def load_engines(
     names: Iterable[str],
     driver: CudaDriver,  # noqa: ARG001 - ONNX Runtime brings its own
     device: int,
+    *,
+    boundary: Boundary | None = None,
 ) -> dict[str, OrtCudaEngine]:
     """Load graphs of a bundle on a GPU.
 
@@ -210,14 +213,19 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU's ordinal, and its driver.
+    boundary
+        How tensors between engines lie: row by row, which is all that there is.
 
     Raises
     ------
     MissingBackendError
         When ONNX Runtime is not installed.
     InputError
-        When this ONNX Runtime has no CUDA provider.
+        When this ONNX Runtime has no CUDA provider, or vectors are asked for.
     """
+    if boundary == "vector":
+        problem = "takes and gives tensors row by row only"
+        raise InputError("engine 'onnxruntime'", problem, "Use boundary linear, or another engine")
     graph = bundle.stream_graph
     whole = whole_graph(graph, bundle.manifest.whole_cost)
     return {

@@ -11,19 +11,17 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from parnet_engines.cuda_driver import CudaError, Gpu, PointerInfo
+from parnet_engines.recorded_capture import OpenCaptures, RecordedCapture, RecordedEvent
+from parnet_engines.recorded_memory import RecordedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-_ALIGNMENT_BYTES = 256
 _GIB = 1 << 30
 _L2_BYTES = 1 << 20
 _DEFAULT_STREAMS = (1, 2)
@@ -46,31 +44,6 @@ class Call:
     verb: str
     device: int
     operands: tuple[Any, ...]
-
-
-@dataclass(slots=True)
-class _Memory:
-    device: int | None
-    size_bytes: int
-    backing: Any
-
-
-@dataclass(slots=True)
-class _Capture:
-    """A graph in the making; streams know which of its nodes precede what they do next."""
-
-    lead: int
-    nodes: list[Callable[[], None]] = field(default_factory=list)
-    before: dict[int, set[int]] = field(default_factory=dict)
-    is_valid: bool = True
-
-
-@dataclass(slots=True)
-class _Event:
-    device: int
-    capture: _Capture | None = None
-    before: set[int] = field(default_factory=set)
-    time_ms: float | None = None
 
 
 class RecordingDriver:
@@ -103,16 +76,17 @@ class RecordingDriver:
             Gpu(i, f"Recorder {i}", (9, 0), 80 * _GIB, _L2_BYTES) for i in range(gpus)
         )
         self._peer_access = peer_access
-        self._joint_graphs = joint_graphs
         self._handles = itertools.count(1000)
         self._retained: Counter[int] = Counter()
         self._stack: list[int] = []
         self._streams: dict[int, int] = {}
-        self._events: dict[int, _Event] = {}
-        self._memory: dict[int, _Memory] = {}
-        self._graphs: dict[int, _Capture] = {}
-        self._executables: dict[int, _Capture] = {}
-        self._captures: dict[int, _Capture] = {}
+        self._events: dict[int, RecordedEvent] = {}
+        self._memory = RecordedMemory()
+        self._graphs: dict[int, RecordedCapture] = {}
+        self._executables: dict[int, RecordedCapture] = {}
+        self._captures = OpenCaptures(
+            lambda stream, lead: joint_graphs or self._streams[stream] == self._streams[lead]
+        )
 
     @property
     def open_resources(self) -> dict[str, int]:
@@ -122,18 +96,18 @@ class RecordingDriver:
             "current contexts": len(self._stack),
             "streams": len(self._streams),
             "events": len(self._events),
-            "buffers": sum(memory.device is not None for memory in self._memory.values()),
-            "pinned buffers": sum(memory.device is None for memory in self._memory.values()),
+            "buffers": self._memory.count(pinned=False),
+            "pinned buffers": self._memory.count(pinned=True),
             "graphs": len(self._graphs),
             "executable graphs": len(self._executables),
-            "captures": len({id(capture) for capture in self._captures.values()}),
+            "captures": len(self._captures),
         }
         return {kind: count for kind, count in counts.items() if count}
 
     @property
     def is_capturing(self) -> bool:
         """Whether a capture is open."""
-        return bool(self._captures)
+        return len(self._captures) > 0
 
     def gpus(self) -> tuple[Gpu, ...]:
         """See `CudaDriver.gpus`."""
@@ -196,7 +170,7 @@ class RecordingDriver:
 
     def create_event(self, device: int, *, timing: bool = False) -> int:
         """See `CudaDriver.create_event`."""
-        return self._create(self._events, "create_event", device, _Event(device), timing)
+        return self._create(self._events, "create_event", device, RecordedEvent(device), timing)
 
     def destroy_event(self, device: int, event: int) -> None:
         """See `CudaDriver.destroy_event`."""
@@ -209,34 +183,19 @@ class RecordingDriver:
         if found.device != self._device_of(stream):
             raise CudaError("record_event", "CUDA_ERROR_INVALID_HANDLE")
         if external:
-            if stream not in self._captures:
+            if self._captures.of(stream) is None:
                 raise CudaError("record_event", "CUDA_ERROR_ILLEGAL_STATE")
             self._enqueue("record_event", stream, partial(self._stamp, found), event, "external")
             return
         self._guarded("record_event", stream, event)
-        capture = self._captures.get(stream)
-        found.capture = capture
-        found.before = set(capture.before[stream]) if capture else set()
-        if capture is None:
+        self._captures.record(found, stream)
+        if found.capture is None:
             self._stamp(found)
 
     def wait_event(self, stream: int, event: int) -> None:
         """See `CudaDriver.wait_event`."""
         self._guarded("wait_event", stream, event)
-        found, capture = self._events[event], self._captures.get(stream)
-        if found.capture is None and capture is None:
-            return
-        if found.capture is None or found.capture.lead not in self._captures:
-            if capture is None:
-                raise CudaError("wait_event", "CUDA_ERROR_CAPTURED_EVENT")
-            capture.is_valid = False
-            raise CudaError("wait_event", "CUDA_ERROR_STREAM_CAPTURE_ISOLATION")
-        if capture is None:
-            self._join(stream, found.capture)
-        elif capture is not found.capture:
-            capture.is_valid = found.capture.is_valid = False
-            raise CudaError("wait_event", "CUDA_ERROR_STREAM_CAPTURE_MERGE")
-        found.capture.before[stream] |= found.before
+        self._captures.wait(stream, self._events[event])
 
     def elapsed_ms(self, device: int, begin: int, end: int) -> float:
         """See `CudaDriver.elapsed_ms`."""
@@ -254,8 +213,7 @@ class RecordingDriver:
         """See `CudaDriver.free_bytes`."""
         self._require_retained(device)
         self._note("free_bytes", device)
-        taken = sum(m.size_bytes for m in self._memory.values() if m.device == device)
-        return self._gpus[device].memory_bytes - taken
+        return self._gpus[device].memory_bytes - self._memory.size_bytes(device)
 
     def allocate(self, device: int, size_bytes: int) -> int:
         """See `CudaDriver.allocate`."""
@@ -263,7 +221,7 @@ class RecordingDriver:
 
     def free(self, device: int, address: int) -> None:
         """See `CudaDriver.free`."""
-        self._require_home(self._memory.pop(address).device, device)
+        self._require_home(self._memory.release(address), device)
         self._note("free", device, address)
 
     def allocate_pinned(self, device: int, size_bytes: int) -> int:
@@ -272,7 +230,7 @@ class RecordingDriver:
 
     def free_pinned(self, device: int, address: int) -> None:
         """See `CudaDriver.free_pinned`."""
-        del self._memory[address]
+        self._memory.release(address)
         self._note("free_pinned", device, address)
 
     def copy_to_device(self, target: int, source: int, size_bytes: int, stream: int) -> None:
@@ -304,7 +262,7 @@ class RecordingDriver:
 
     def clear(self, address: int, size_bytes: int, stream: int) -> None:
         """See `CudaDriver.clear`."""
-        self._require_memory(address, size_bytes)
+        self._memory.require(address, size_bytes)
         fill = partial(ctypes.memset, address, 0, size_bytes)
         self._enqueue("clear", stream, fill, address, size_bytes)
 
@@ -315,23 +273,13 @@ class RecordingDriver:
     def begin_capture(self, stream: int) -> None:
         """See `CudaDriver.begin_capture`."""
         self._guarded("begin_capture", stream)
-        if stream in self._captures:
-            raise CudaError("begin_capture", "CUDA_ERROR_ILLEGAL_STATE")
-        capture = _Capture(stream)
-        self._captures[stream] = capture
-        capture.before[stream] = set()
+        self._captures.begin(stream)
 
     def end_capture(self, stream: int) -> int:
         """See `CudaDriver.end_capture`."""
-        capture = self._captures.get(stream)
-        if capture is None or capture.lead != stream:
-            raise CudaError("end_capture", "CUDA_ERROR_ILLEGAL_STATE")
+        capture = self._captures.require_lead(stream)
         self._note("end_capture", self._streams[stream], stream)
-        self._close(capture)
-        if not capture.is_valid:
-            raise CudaError("end_capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
-        if not set().union(*capture.before.values()) <= capture.before[stream]:
-            raise CudaError("end_capture", "CUDA_ERROR_STREAM_CAPTURE_UNJOINED")
+        self._captures.end(capture)
         handle = next(self._handles)
         self._graphs[handle] = capture
         return handle
@@ -339,8 +287,9 @@ class RecordingDriver:
     def abort_capture(self, stream: int) -> None:
         """See `CudaDriver.abort_capture`."""
         self.calls.append(Call("abort_capture", self._streams[stream], (stream,)))
-        if stream in self._captures:
-            self._close(self._captures[stream])
+        capture = self._captures.of(stream)
+        if capture is not None:
+            self._captures.close(capture)
 
     def instantiate(self, device: int, graph: int) -> int:
         """See `CudaDriver.instantiate`."""
@@ -368,8 +317,9 @@ class RecordingDriver:
     def synchronize(self, stream: int) -> None:
         """See `CudaDriver.synchronize`."""
         self._guarded("synchronize", stream)
-        if stream in self._captures:
-            self._captures[stream].is_valid = False
+        capture = self._captures.of(stream)
+        if capture is not None:
+            capture.is_valid = False
             raise CudaError("synchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
 
     def is_idle(self, stream: int) -> bool:
@@ -380,27 +330,21 @@ class RecordingDriver:
     def locate(self, address: int) -> PointerInfo:
         """See `CudaDriver.locate`."""
         self._note("locate", -1, address)
-        for start, memory in self._memory.items():
-            if start <= address < start + max(1, memory.size_bytes):
-                return PointerInfo(memory.device, is_primary=memory.device is not None)
-        return PointerInfo(None, is_primary=False)
+        return self._memory.locate(address)
 
     def _note(self, verb: str, device: int, *operands: object) -> None:
         """Note a call, or let it fail."""
         number = len(self.calls)
         self.calls.append(Call(verb, device, operands))
         if number == self.fail_at:
-            for capture in self._captures.values():
-                capture.is_valid = False
+            self._captures.invalidate()
             raise CudaError(verb, "CUDA_ERROR_UNKNOWN", f"call {number} was made to fail")
 
     def _guarded(self, verb: str, stream: int, *operands: object) -> None:
         """Note a call about a stream, whose capture must be valid if there is one."""
         self._note(verb, self._device_of(stream), stream, *operands)
         self._current()
-        capture = self._captures.get(stream)
-        if capture is not None and not capture.is_valid:
-            raise CudaError(verb, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+        self._captures.require_valid(verb, stream)
 
     def _enqueue(
         self, verb: str, stream: int, work: Callable[[], object], *operands: object
@@ -408,33 +352,19 @@ class RecordingDriver:
         self._guarded(verb, stream, *operands)
         if self._current() != self._device_of(stream):
             raise CudaError(verb, "CUDA_ERROR_INVALID_CONTEXT")
-        capture = self._captures.get(stream)
-        if capture is None:
+        if self._captures.of(stream) is None:
             work()
         else:
-            capture.before[stream].add(len(capture.nodes))
-            capture.nodes.append(lambda: (work(), None)[1])
+            self._captures.add(stream, work)
 
     def _copy(self, verb: str, target: int, source: int, size_bytes: int, stream: int) -> None:
         for address in (target, source):
             if verb in {"copy_peer", "copy_on_device"}:
-                self._require_memory(address, size_bytes)
+                self._memory.require(address, size_bytes)
         work = partial(ctypes.memmove, target, source, size_bytes)
         self._enqueue(verb, stream, work, target, source, size_bytes)
 
-    def _join(self, stream: int, capture: _Capture) -> None:
-        alone = self._streams[stream] == self._streams[capture.lead]
-        if not (self._joint_graphs or alone):
-            capture.is_valid = False
-            raise CudaError("wait_event", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
-        self._captures[stream] = capture
-        capture.before.setdefault(stream, set())
-
-    def _close(self, capture: _Capture) -> None:
-        for stream in [s for s, found in self._captures.items() if found is capture]:
-            del self._captures[stream]
-
-    def _stamp(self, event: _Event) -> None:
+    def _stamp(self, event: RecordedEvent) -> None:
         self.now_ms += 0.001
         event.time_ms = self.now_ms
 
@@ -451,11 +381,6 @@ class RecordingDriver:
         if not self._retained[device]:
             raise CudaError("cuCtxSetCurrent", "CUDA_ERROR_INVALID_CONTEXT")
 
-    def _require_memory(self, address: int, size_bytes: int) -> None:
-        memory = self._memory.get(address)
-        if memory is None or memory.size_bytes < size_bytes:
-            raise CudaError("cuMemcpyAsync", "CUDA_ERROR_INVALID_VALUE")
-
     def _require_home(self, home: int | None, device: int) -> None:
         if home != device:
             raise CudaError("cuCtxSetCurrent", "CUDA_ERROR_INVALID_CONTEXT")
@@ -471,8 +396,7 @@ class RecordingDriver:
 
     def _allocate(self, verb: str, device: int, size_bytes: int, *, owner: int | None) -> int:
         self._require_retained(device)
-        backing = np.zeros(size_bytes + _ALIGNMENT_BYTES, np.uint8)
-        address = backing.ctypes.data + (-backing.ctypes.data % _ALIGNMENT_BYTES)
+        address, backing = self._memory.prepare(size_bytes)
         self._note(verb, device, size_bytes, address)
-        self._memory[address] = _Memory(owner, size_bytes, backing)
+        self._memory.keep(address, backing, size_bytes, owner)
         return address

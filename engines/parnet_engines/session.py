@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.check import CheckedProgram
     from parnet_engines.engine import Engine
     from parnet_engines.evaluate import Objective
@@ -98,6 +99,7 @@ class Session(BaseSession["Engine", "Host"]):
         in_flight: int | None = None,
         record: bool = False,
         timeout_s: float | None = None,
+        boundary: Boundary | None = None,
     ) -> Session | CudaSession:
         """Load a bundle.
 
@@ -135,6 +137,11 @@ class Session(BaseSession["Engine", "Host"]):
             Whether to note when each step begins and ends, for `take_recording`.
         timeout_s
             Time limit of an inference in seconds.
+        boundary
+            On GPUs, how tensors between engines lie in memory: ``"linear"``, row by row, or
+            ``"vector"``, channels last in vectors of 8, for half precision. By default
+            torch has vectors where the precision has any, and TensorRT what is built
+            unless asked otherwise, linear ones.
 
         Raises
         ------
@@ -159,7 +166,11 @@ class Session(BaseSession["Engine", "Host"]):
                 in_flight=in_flight,
                 record=record,
                 timeout_s=timeout_s,
+                boundary=boundary,
             )
+        if boundary is not None:
+            problem = "is between engines on GPUs, and these are on the CPU"
+            raise InputError(f"boundary {boundary!r}", problem, "Leave it out")
         engine = "onnxruntime" if engine == "auto" else engine
         require_engine(engine)
         if plan == "auto" and engine != "onnxruntime":

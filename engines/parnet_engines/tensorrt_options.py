@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from parnet_engines.tensor_layout import TensorLayout
-from parnet_engines.tensorrt_module import Backend  # noqa: TC001 - msgspec reads it
+from parnet_engines.boundary import Boundary  # noqa: TC001 - msgspec reads it
+from parnet_engines.tensorrt_module import Backend  # noqa: TC001
 from parnet_export.errors import InputError, name_some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from parnet_engines.cuda_driver import Gpu
     from parnet_export.stream_graph import TensorSpec
-
-Boundary = Literal["linear", "vector"]
-"""How tensors between two engines lie in memory: row by row, or in vectors of channels."""
 
 OPTIMIZATION_LEVELS = (0, 5)
 """TensorRT's lowest and highest builder optimisation level; its own default is 3."""
@@ -177,33 +174,3 @@ def parse_sizes(text: str | None, inputs: Iterable[TensorSpec]) -> dict[str, Siz
         problem = f"the range of {name_some(missing)} is missing"
         raise InputError("--shapes", problem, "Add it, or give one range for all")
     return found
-
-
-def choose_layouts(
-    tensors: Iterable[TensorSpec], boundary: Boundary, outside: Iterable[str]
-) -> Mapping[str, TensorLayout]:
-    """Return how each tensor of an engine lies in memory.
-
-    Vectors are for feature maps of 16-bit types: TensorRT has channels-last vectors for no
-    other type, and a tensor of one pixel for each channel gains nothing by them.
-
-    Parameters
-    ----------
-    tensors
-        What the engine reads and writes.
-    boundary
-        What is asked for between engines.
-    outside
-        Names of the network's inputs and outputs, which stay linear.
-    """
-    kept = set(outside)
-    return {
-        spec.name: TensorLayout.HWC8
-        if boundary == "vector" and spec.name not in kept and _is_half_feature_map(spec)
-        else TensorLayout.LINEAR
-        for spec in tensors
-    }
-
-
-def _is_half_feature_map(spec: TensorSpec) -> bool:
-    return spec.dtype == "float16" and len(spec.shape) == 4 and spec.shape[2:] != (1, 1)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from parnet_engines.cuda_driver import CudaDriver
+    from parnet_engines.boundary import Boundary
+    from parnet_engines.cuda_driver import CudaDriver, Gpu
     from parnet_engines.cuda_engine import DeviceTensor
     from parnet_engines.engine_sidecar import Sidecar
     from parnet_engines.tensor_layout import TensorLayout
     from parnet_engines.tensorrt_log import LogRecording
     from parnet_engines.tensorrt_module import Backend, TensorRt
-    from parnet_engines.tensorrt_options import Boundary
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
 
@@ -125,6 +125,11 @@ class TensorRtEngine:
     def file(self) -> EngineFile:
         """Its plan."""
         return EngineFile(self._path.with_name(self._sidecar.plan), self._sidecar.plan_bytes)
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU that it runs on."""
+        return self._driver.gpus()[self._device]
 
     @property
     def aux_streams(self) -> int:
@@ -312,7 +317,7 @@ def load_engines(
     device: int,
     *,
     backend: Backend | Literal["auto"] = "auto",
-    boundary: Boundary = "linear",
+    boundary: Boundary | None = None,
     max_aux_streams: int | None = None,
 ) -> dict[str, TensorRtEngine]:
     """Load engines that `parnet-export build` has built.
@@ -325,8 +330,10 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU, and its driver.
-    backend, boundary, max_aux_streams
+    backend, max_aux_streams
         Which engines; see `EngineOptions`.
+    boundary
+        Which ones, too; None: those that are built unless asked otherwise, ``"linear"``.
 
     Raises
     ------
@@ -338,7 +345,7 @@ def load_engines(
     chosen = choose_backend(backend)
     gpu = driver.gpus()[device]
     trt = import_tensorrt(chosen)
-    options = EngineOptions(boundary=boundary, max_aux_streams=max_aux_streams)
+    options = EngineOptions(boundary=boundary or "linear", max_aux_streams=max_aux_streams)
     paths = {name: find_engine(bundle, name, trt, gpu, options) for name in names}
     with contextlib.ExitStack() as undo:
         engines = {}

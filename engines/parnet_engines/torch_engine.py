@@ -7,14 +7,16 @@ or without TensorRT.
 from __future__ import annotations
 
 import contextlib
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from parnet_engines.cost_table import WHOLE
-from parnet_engines.layouts import whole_graph
+from parnet_engines.boundary import choose_layouts
+from parnet_engines.bundle_engines import segment_of
+from parnet_engines.engine_cache import onnx_path
 from parnet_engines.tensor_layout import TensorLayout
 from parnet_engines.torch_graph import TorchGraph
 from parnet_export.errors import InputError
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from parnet_engines.boundary import Boundary
     from parnet_engines.cuda_driver import CudaDriver
     from parnet_engines.cuda_engine import DeviceTensor, EngineFile
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment, TensorSpec
+
+_ENQUEUEING = threading.Lock()
+"""Which precisions are allowed, and the workspaces of cuBLAS, are the same for all threads."""
 
 
 class TorchEngine:
@@ -91,7 +97,7 @@ class TorchEngine:
 class TorchCudaEngine:
     """An ONNX file, run by torch on a GPU.
 
-    Half precision runs with channels last. Tensors between segments then lie that way too.
+    Half precision runs with channels last, whatever the layout of the tensors around it.
 
     Parameters
     ----------
@@ -101,8 +107,8 @@ class TorchCudaEngine:
         The ONNX file.
     device
         CUDA ordinal.
-    linear
-        Tensors that stay row-major: the network's own inputs and outputs.
+    layouts
+        How tensors lie that are not row-major.
     tf32
         Whether convolutions and products of float32 may be rounded to TF32.
 
@@ -119,13 +125,13 @@ class TorchCudaEngine:
         path: Path,
         device: int = 0,
         *,
-        linear: frozenset[str] = frozenset(),
+        layouts: Mapping[str, TensorLayout] | None = None,
         tf32: bool = False,
     ) -> None:
         require_kernels(device)
         self._segment = segment
         self._device = device
-        self._linear = linear
+        self._layouts = dict(layouts or {})
         self._tf32 = tf32
         specs = (*segment.inputs, *segment.outputs)
         self._channels_last = any(spec.dtype == "float16" for spec in specs)
@@ -161,8 +167,7 @@ class TorchCudaEngine:
 
     def layout(self, tensor: str) -> TensorLayout:
         """Return the layout in which the engine reads or writes one of its tensors."""
-        spec = next(s for s in (*self.inputs, *self.outputs) if s.name == tensor)
-        return boundary_layout(spec, is_linear=tensor in self._linear)
+        return self._layouts.get(tensor, TensorLayout.LINEAR)
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]
@@ -175,7 +180,9 @@ class TorchCudaEngine:
 
     def close(self) -> None:
         """Release the weights, as soon as no binding is left."""
-        self._graph = None
+        if self._graph is not None:
+            self._graph = None
+            _forget_workspaces()
 
 
 class _CudaBinding:
@@ -199,7 +206,9 @@ class _CudaBinding:
         self._writes = writes
         self._device = device
         self._tf32 = tf32
-        self._pool = torch.cuda.MemPool()
+        with torch.cuda.device(device):  # a pool is of the device that is current
+            self._pool = torch.cuda.MemPool()
+        _forget_workspaces()
         self._streams: dict[int, torch.cuda.ExternalStream] = {}
 
     def __call__(self, stream: int) -> None:
@@ -209,6 +218,7 @@ class _CudaBinding:
         if external is None:
             external = self._streams[stream] = torch.cuda.ExternalStream(stream, device)
         with (
+            _ENQUEUEING,
             torch.cuda.device(device),
             torch.cuda.stream(external),
             torch.cuda.use_mem_pool(self._pool, device),
@@ -217,18 +227,18 @@ class _CudaBinding:
             _compute(self._graph, self._reads, self._writes)
 
 
-def boundary_layout(spec: TensorSpec, *, is_linear: bool) -> TensorLayout:
-    """Return how a tensor between two of torch's segments lies: channels last in half precision.
+def _forget_workspaces() -> None:
+    """Let cuBLAS take new workspaces when it next runs.
 
-    Parameters
-    ----------
-    spec
-        The tensor.
-    is_linear
-        Whether it must be row-major, as the network's inputs and outputs.
+    torch keeps one for each CUDA stream by the stream's handle, also when the stream is gone
+    and with it the pool that the workspace is of. A new stream may have the same handle, and
+    a captured graph would work in memory that is about to be released. Graphs that are there
+    keep theirs: it returns to the pool of their binding, which nobody else takes memory from.
     """
-    vectorised = spec.dtype == "float16" and len(spec.shape) == 4 and not is_linear
-    return TensorLayout.HWC8 if vectorised else TensorLayout.LINEAR
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001
+    if forget is not None:
+        with _ENQUEUEING:
+            forget()
 
 
 def strides_of(tensor: DeviceTensor) -> tuple[int, ...] | None:
@@ -305,6 +315,8 @@ def load_engines(
     names: Iterable[str],
     driver: CudaDriver,  # noqa: ARG001 - torch brings its own
     device: int,
+    *,
+    boundary: Boundary | None = None,
 ) -> dict[str, TorchCudaEngine]:
     """Load graphs of a bundle on a GPU.
 
@@ -316,6 +328,9 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU's ordinal, and its driver.
+    boundary
+        How tensors between engines lie; None: as torch computes them, in vectors where the
+        precision has any.
 
     Raises
     ------
@@ -323,17 +338,15 @@ def load_engines(
         When torch cannot run on the GPU, or a graph has an operator that is not here.
     """
     graph = bundle.stream_graph
-    linear = frozenset(spec.name for spec in (*graph.inputs, *graph.outputs))
-    whole = whole_graph(graph, bundle.manifest.whole_cost)
-    return {
-        name: TorchCudaEngine(
-            (whole if name == WHOLE else graph)[name],
-            bundle.whole_path if name == WHOLE else bundle.segment_path(name),
-            device,
-            linear=linear,
-        )
-        for name in names
-    }
+    outside = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+    engines = {}
+    for name in names:
+        segment = segment_of(bundle, name)
+        tensors = (*segment.inputs, *segment.outputs)
+        layouts = choose_layouts(tensors, boundary or "vector", outside)
+        path = onnx_path(bundle, name)
+        engines[name] = TorchCudaEngine(segment, path, device, layouts=layouts)
+    return engines
 
 
 @contextlib.contextmanager

@@ -41,3 +41,10 @@ def test_more_threads_than_cores_are_refused():
     check_devices("cpu", threads=1)
     with pytest.raises(InputError, match="--threads"):
         check_devices("cpu", threads=100_000)
+
+
+def test_a_boundary_is_for_gpus(monkeypatch):
+    with pytest.raises(InputError, match="--boundary: is between engines on GPUs"):
+        check_devices("cpu", threads=None, boundary="linear")
+    monkeypatch.setattr(row_devices, "open_driver", lambda _: None)
+    check_devices("0", threads=None, boundary="vector")

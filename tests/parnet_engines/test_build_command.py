@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from parnet_engines import (
 )
 from parnet_engines.build_place import choose_places
 from parnet_engines.cost_table import WHOLE
+from parnet_engines.engine_sidecar import Verification, read_sidecar, record_verification
 from parnet_engines.tensorrt_options import EngineOptions
 from parnet_export import console, files
 
@@ -382,7 +384,7 @@ def test_ctrl_c_cancels_a_build_and_leaves_nothing_half_written(
     [
         ([*RTX, "--timing-cache", "cache"], "--timing-cache: TensorRT-RTX has no timing cache"),
         ([*RTX, "--version-compatible"], "--version-compatible: TensorRT-RTX has no engines"),
-        ([*RTX, "--boundary", "vector"], "TensorRT has no channels-last vectors for fp32"),
+        ([*RTX, "--boundary", "vector"], "there are no channels-last vectors for fp32"),
         ([*RTX, "--shapes", "1/2/3"], "--shapes: all shapes of the bundle are fixed"),
         ([*RTX, "--compute-capability", "9"], "'9' is no compute capability"),
         ([*RTX, "--compute-capability", "8.9", "--devices", "0"], "the devices tell it already"),
@@ -428,3 +430,33 @@ def test_a_machine_without_a_gpu_says_what_needs_none(build, bundle, monkeypatch
     assert ran.exit_code == 2
     assert "no NVIDIA driver that works" in ran.err
     assert "Use --backend tensorrt-rtx without --devices" in ran.err
+
+
+# --------------------------------------------------------------------------------- verified
+
+
+@needs_rtx
+def test_a_verified_engine_stays_so_until_its_plan_changes(build, built):
+    path = sidecar_of(built)
+    digest = read_sidecar(path).plan_sha256
+    checked = Verification("NVIDIA L4", digest, 2e-4, 1e-3, 0.99999, 0.9999, 4, "2026-01-02")
+    record_verification(path, checked)
+    record_verification(
+        sidecar_of(built, "head"),
+        replace(checked, plan_sha256=read_sidecar(sidecar_of(built, "head")).plan_sha256, error=1),
+    )
+
+    def verified(ran: Ran) -> list[str]:
+        return [e["segment"] for e in json.loads(ran.out)["engines"] if e["verified"]]
+
+    ran = build(built, *RTX)
+    assert ran.out.count("yes, 2.0e-04") == 1
+    assert ran.out.count("FAILED, 1.0e+00") == 1
+    ran = build(built, *RTX, "--json")
+    assert verified(ran) == ["stream1"]
+    found = next(e for e in json.loads(ran.out)["engines"] if e["verified"])
+    assert found["sidecar"]["verification"]["gpu"] == "NVIDIA L4"
+    flip_a_byte(plan_of(built))
+    ran = build(built, *RTX, "--json")
+    assert ran.statuses["stream1"] == "built"
+    assert verified(ran) == []

@@ -574,9 +574,23 @@ def test_an_unaligned_address_is_copied(caller):
     host = make_host(caller, "one lane")
     (image,) = images(1)
     address = put(caller, np.append(np.zeros(1, np.float32), image)) + 4
-    caller._memory[address] = caller._memory[address - 4]
     host.run(inputs=[address])
     np.testing.assert_array_equal(host.outputs[0], expected_logits(image))
+
+
+@pytest.mark.parametrize("ordered_by", ["stream", "after"])
+def test_not_even_a_warm_up_touches_what_is_still_in_use(caller, ordered_by):
+    host = make_host(caller, "three lanes")
+    foreign = caller.create_stream(0, 0)
+    (image,) = images(1)
+    source, target = put(caller, image), put(caller, image)
+    before = len(caller.calls)
+    order = {"stream": foreign} if ordered_by == "stream" else {"after": [foreign]}
+    host.run(inputs=[source], outputs=[target], **order)  # new addresses, so it is captured anew
+    verbs = [call.verb for call in caller.calls[before:]]
+    first = caller.calls[before + verbs.index("record_event")]
+    assert first.operands[0] == foreign
+    assert verbs.index("wait_event") < verbs.index("run") < verbs.index("begin_capture")
 
 
 def test_a_foreign_stream_is_ordered_before_and_after(caller):

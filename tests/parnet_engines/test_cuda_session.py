@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from parnet_engines import cuda_bindings, cuda_session, gpu_plan, ort_cuda
+from parnet_engines import cuda_bindings, cuda_session, device_array, gpu_plan, ort_cuda
 from parnet_engines.check import checked
 from parnet_engines.cuda_bindings import BindingsDriver
 from parnet_engines.cuda_devices import (
@@ -160,6 +160,32 @@ def test_the_stream_that_an_array_was_written_on_comes_first(driver, stream):
         assert record.operands[0] == (stream or 1)
 
 
+def recorded_on(calls):
+    """The streams that the inference comes after: events are recorded there at its start."""
+    launch = next(number for number, call in enumerate(calls) if call.verb == "launch")
+    return {call.operands[0] for call in calls[:launch] if call.verb == "record_event"}
+
+
+def test_what_is_still_under_way_in_an_output_comes_first(driver):
+    with open_session(driver) as session:
+        target = OnDevice(driver, np.zeros_like(X))
+        session.run({"image": X}, outputs={"logits": target})
+        before = len(driver.calls)
+        session.run({"image": X}, outputs={"logits": target})
+        assert recorded_on(driver.calls[before:]) == {1}
+
+
+def test_streams_that_arrays_name_come_first_besides_the_one_that_is_given(driver):
+    with open_session(driver) as session:
+        given, own = (driver.create_stream(0, 0) for _ in range(2))
+        source, target = OnDevice(driver, X, stream=own), OnDevice(driver, X)
+        run = {"outputs": {"logits": target}, "stream": given}
+        session.run({"image": source}, **run)
+        before = len(driver.calls)
+        session.run({"image": source}, **run)
+        assert recorded_on(driver.calls[before:]) == {given, own}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -245,6 +271,73 @@ def test_arrays_that_do_not_fit_are_refused(driver, change, message):
 def test_outputs_that_do_not_fit_are_refused(driver, name, make, message):
     with open_session(driver) as session, pytest.raises(InputError, match=message):
         session.run({"image": X}, outputs={name: make(driver)})
+
+
+class OnlyDlpack:
+    """An array in a recorder's GPU that speaks DLPack, as JAX's do."""
+
+    def __init__(self, driver, array):
+        self.array = OnDevice(driver, array).array
+        self.streams = []
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, *, stream=None, **options):
+        self.streams.append(stream)
+        return self.array.__dlpack__(**options)
+
+
+def test_arrays_that_speak_only_dlpack_are_taken_in_their_order(driver):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    with open_session(driver) as session:
+        source, target = OnlyDlpack(driver, X), OnDevice(driver, X)
+        stream = driver.create_stream(0, 0)
+        run = {"outputs": {"logits": target}, "stream": stream}
+        session.run({"image": source}, **run)
+        before = len(driver.calls)
+        session.run({"image": source}, **run)
+        np.testing.assert_array_equal(target.array, expected(X))
+        # Its owner was told CUDA's default stream, so that the inference has to follow it.
+        assert source.streams == [1, 1]
+        assert recorded_on(driver.calls[before:]) == {1, stream}
+        source.array = source.array.T
+        with pytest.raises(InputError, match="is not row-major"):
+            session.run({"image": source})
+
+
+def test_views_of_every_version_of_cuda_core_are_taken(driver, monkeypatch):
+    made = []
+
+    class View:  # before 0.5
+        def __init__(self, value, stream_ptr):
+            made.append((value, stream_ptr))
+            self.ptr, self.shape, self.strides, self.dtype = 4096, (2, 4), None, np.float16
+
+    def load(name):
+        if name == "cuda.core.utils":
+            raise ModuleNotFoundError(name, name=name)
+        return SimpleNamespace(StridedMemoryView=View)
+
+    monkeypatch.setattr(device_array.importlib, "import_module", load)
+    source = OnlyDlpack(driver, X)
+    found = as_device_array(source, TensorSpec("image", "float16", (2, 4)), "it")
+    assert made == [(source, 1)]
+    assert (found.pointer, found.shape, found.dtype, found.stream) == (4096, (2, 4), "float16", 1)
+
+    def fail(name, missing):
+        raise ModuleNotFoundError(name, name=missing)
+
+    monkeypatch.setattr(
+        device_array.importlib, "import_module", lambda name: fail(name, "cuda.core")
+    )
+    with pytest.raises(MissingBackendError, match="cuda"):
+        as_device_array(source, IMAGE, "it")
+    monkeypatch.setattr(
+        device_array.importlib, "import_module", lambda name: fail(name, "broken_inside")
+    )
+    with pytest.raises(ModuleNotFoundError, match="cuda"):
+        as_device_array(source, IMAGE, "it")
 
 
 def test_an_address_is_taken_for_what_the_network_takes():
@@ -475,7 +568,7 @@ def recorder(monkeypatch, bundle):
     monkeypatch.setattr(gpu_plan, "_BUDGET_S", 0.05)
     monkeypatch.setattr(cuda_session, "open_driver", lambda _: found)
 
-    def load(bundle, names, driver, device):
+    def load(bundle, names, driver, device, **_):
         graph = bundle.stream_graph
         whole = whole_graph(graph)[WHOLE]
         return {
@@ -533,7 +626,7 @@ def test_automatically_the_first_runtime_that_can_is_taken(bundle, monkeypatch):
     tried = []
 
     def fake(name):
-        def load(bundle, names, driver, device):
+        def load(bundle, names, driver, device, **_):
             tried.append(name)
             if name == "tensorrt":
                 raise MissingBackendError("tensorrt", "It", "pip")

@@ -56,7 +56,9 @@ def make(target=None, version="10.9.0.34", **options):
         command=("parnet-export", "build"),
         driver="570.86.10, CUDA 12.8",
         audit=Audit({"fp16": 20, "fp32": 3}, ("stray",)),
-        verification=Verification(A100.name, 1e-3, 1e-2, 9, "2026-01-01T00:00:00+00:00"),
+        verification=Verification(
+            A100.name, "cd" * 32, 1e-3, 1e-2, 0.9999, 0.999, 9, "2026-01-01T00:00:00+00:00"
+        ),
     )
 
 
@@ -92,15 +94,41 @@ def test_what_cannot_be_read_names_the_file_and_the_command(tmp_path):
         read_sidecar(path)
 
 
-def test_an_engine_is_verified_only_by_a_check_that_holds(tmp_path):
+@pytest.mark.parametrize(
+    ("figures", "holds"),
+    [
+        ({}, True),
+        ({"top1": 1.0}, True),
+        ({"top1": 0.5}, False),
+        ({"top1": 0.5, "least_top1": 0.4}, True),
+        ({"cosine": 0.998}, False),
+        ({"cosine": math.nan}, False),
+        ({"error": 2e-2}, False),
+        ({"error": math.nan}, False),
+        ({"error": math.inf}, False),
+    ],
+)
+def test_an_engine_is_verified_only_by_a_check_that_holds(tmp_path, figures, holds):
     path = tmp_path / "engine.json"
     unchecked = write_sidecar(path, replace(make(), verification=None))
     assert not unchecked.is_verified
-    checked = Verification(ADA.name, 2e-3, 1e-2, 4, "2026-01-02T00:00:00+00:00")
-    for error, holds in ((2e-3, True), (2e-2, False), (math.nan, False), (math.inf, False)):
-        found = record_verification(path, replace(checked, error=error))
-        assert found.is_verified is holds
-        assert read_sidecar(path) == found
+    checked = Verification(
+        ADA.name, "cd" * 32, 2e-3, 1e-2, 0.9999, 0.999, 4, "2026-01-02T00:00:00+00:00"
+    )
+    found = record_verification(path, replace(checked, **figures))
+    assert found.is_verified is holds
+    assert found.checked == found.verification
+    assert read_sidecar(path) == found
+
+
+def test_a_check_of_another_plan_says_nothing_about_this_one(tmp_path):
+    path = tmp_path / "engine.json"
+    written = write_sidecar(path, make())
+    stale = replace(make().verification, plan_sha256="ef" * 32, when="2026-01-03T00:00:00+00:00")
+    assert record_verification(path, stale) == written == read_sidecar(path)
+    rebuilt = replace(written, plan_sha256="ef" * 32)
+    assert written.is_verified
+    assert (rebuilt.is_verified, rebuilt.checked) == (False, None)
 
 
 # ----------------------------------------------------------------------------------- fitting

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from parnet_engines import build_place, tensorrt_module
+from parnet_engines.boundary import choose_layouts
 from parnet_engines.build_place import BuildDevice, choose_places
 from parnet_engines.build_progress import TerminalProgress
 from parnet_engines.cost_table import WHOLE
@@ -23,7 +24,7 @@ from parnet_engines.engine_sidecar import Audit
 from parnet_engines.recording_driver import RecordingDriver
 from parnet_engines.tensorrt_build import BuildCancelledError, BuildRequest, build_engine
 from parnet_engines.tensorrt_module import TensorRt, choose_backend, import_tensorrt
-from parnet_engines.tensorrt_options import EngineOptions, SizeRange, Target, choose_layouts
+from parnet_engines.tensorrt_options import EngineOptions, SizeRange, Target
 from parnet_export.errors import CheckFailedError, InputError, MissingBackendError
 
 needs_rtx = pytest.mark.skipif(

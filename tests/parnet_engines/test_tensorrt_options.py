@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parnet_engines.boundary import choose_layouts
 from parnet_engines.cuda_driver import Gpu
 from parnet_engines.tensor_layout import TensorLayout
 from parnet_engines.tensorrt_options import (
     SizeRange,
     Target,
-    choose_layouts,
     parse_capabilities,
     parse_sizes,
     target_of,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,9 +11,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from parnet_engines import cuda_session, torch_engine
 from parnet_engines.cuda_engine import DeviceTensor
+from parnet_engines.cuda_memory import array_at
+from parnet_engines.cuda_session import CudaSession
+from parnet_engines.float32_reference import reference_tensors
+from parnet_engines.recording_driver import RecordingDriver
+from parnet_engines.session import Session
 from parnet_engines.tensor_layout import TensorLayout
-from parnet_engines.torch_engine import TorchEngine, _fits, boundary_layout, strides_of
+from parnet_engines.torch_engine import TorchEngine, _fits, strides_of
 from parnet_engines.torch_graph import TorchGraph
 from parnet_export.errors import InputError
 from parnet_export.models.catalog import CATALOG, FAMILIES
@@ -287,16 +295,6 @@ def test_channels_last_tensors_lie_as_numpy_says():
     np.testing.assert_array_equal(seen, vectors.transpose(0, 3, 1, 2))
 
 
-def test_only_images_of_half_precision_lie_channels_last():
-    image = TensorSpec("x", "float16", ("batch", 8, 4, 4))
-    assert boundary_layout(image, is_linear=False) is TensorLayout.HWC8
-    assert boundary_layout(image, is_linear=True) is TensorLayout.LINEAR
-    single = TensorSpec("x", "float32", ("batch", 8, 4, 4))
-    assert boundary_layout(single, is_linear=False) is TensorLayout.LINEAR
-    vector = TensorSpec("x", "float16", ("batch", 8))
-    assert boundary_layout(vector, is_linear=False) is TensorLayout.LINEAR
-
-
 @pytest.mark.parametrize(
     ("architecture", "capability", "fits"),
     [
@@ -314,3 +312,73 @@ def test_kernels_run_on_their_generation_and_intermediate_code_on_newer_ones(
     architecture, capability, fits
 ):
     assert _fits(architecture, *capability) is fits
+
+
+# What a GPU would run, on the CPU: memory of a recording driver, and torch without CUDA.
+
+
+@pytest.fixture
+def torch_without_cuda(monkeypatch):
+    """Let the engines for GPUs compute in host memory, as soon as they are enqueued."""
+
+    def as_tensor(tensor):
+        strides = strides_of(tensor)
+        memory = array_at(tensor.pointer, (tensor.size_bytes,), "uint8").view(tensor.dtype)
+        if strides is None:
+            return torch.from_numpy(memory.reshape(tensor.shape))
+        shown = np.lib.stride_tricks.as_strided(memory, tensor.shape, strides)
+        return torch.from_numpy(shown)
+
+    nothing = contextlib.nullcontext
+    monkeypatch.setattr(torch_engine, "as_tensor", as_tensor)
+    monkeypatch.setattr(torch_engine, "require_kernels", lambda _: None)
+    graph = torch_engine.TorchGraph
+    monkeypatch.setattr(
+        torch_engine, "TorchGraph", lambda path, name, _, **options: graph(path, name, **options)
+    )
+    stand_ins = {
+        "synchronize": lambda _: None,
+        "ExternalStream": lambda stream, _: stream,
+        "MemPool": object,
+        "stream": lambda _: nothing(),
+        "device": lambda _: nothing(),
+        "use_mem_pool": lambda *_: nothing(),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    driver = RecordingDriver(3)
+    monkeypatch.setattr(cuda_session, "open_driver", lambda _: driver)
+    return driver
+
+
+@pytest.mark.parametrize("devices", ["0", "0,0,0", "0,1,2"])
+@pytest.mark.parametrize(
+    ("precision", "boundary", "vectors"),
+    [
+        ("fp16", "vector", True),
+        ("fp16", "linear", False),
+        ("fp16", None, True),
+        ("fp32", "linear", False),
+        ("fp32", None, False),
+    ],
+)
+def test_engines_for_gpus_compute_what_onnx_runtime_does_with_either_boundary(
+    make_two_streams, torch_without_cuda, tmp_path, devices, precision, boundary, vectors
+):
+    bundle = make_two_streams(tmp_path, precision=precision)
+    image = np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
+    with Session.open(bundle, plan="whole") as session:
+        expected = session.run({"image": image})["logits"]
+    options = {"plan": "authors", "engine": "torch", "use_graphs": False, "boundary": boundary}
+    with CudaSession.open_on_gpus(bundle, devices, **options) as session:
+        for _ in range(2):
+            found = session.run({"image": image})["logits"]
+        layouts = {e.layout(s.name) for e in session.engines for s in (*e.inputs, *e.outputs)}
+        tensors = session.inspect({"image": image})
+    assert (TensorLayout.HWC8 in layouts) == vectors
+    limit = {"fp32": 1e-4, "fp16": 2e-2}[precision]  # the mean of a map of random signs is small
+    np.testing.assert_allclose(found, expected, atol=limit * np.abs(expected).max())
+    (reference,) = reference_tensors(bundle, [{"image": image}])
+    for name in ("stem", "a1", "b1"):
+        assert relative_error(tensors[name], reference[name]) < limit / 2
+    assert torch_without_cuda.open_resources == {}
