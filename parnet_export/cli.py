@@ -275,10 +275,14 @@ def inspect_bundle(
 
 @app.command()
 def models(as_json: AsJson = False, output: Output = None) -> None:
-    """List the networks that can be named instead of giving a file."""
+    """List the networks that can be named instead of giving a file.
+
+    The first listing counts them, and keeps the counts in the folder that PARNET_EXPORT_CACHE
+    names, by default ~/.cache/parnet-export.
+    """
     from rich.table import Table
 
-    from parnet_export.census import list_catalogue
+    from parnet_export.catalogue_rows import list_catalogue
 
     _check_places("", {"--output": output})
     with console.working("counting"):

@@ -202,6 +202,16 @@ def test_every_fault_of_a_state_dict_is_named(kind, checkpoint):
         assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_counting_without_values_counts_what_a_computation_does(kind):
+    key, config, resolution, _ = SMALL[kind]
+    for level in ("none", *LEVELS):
+        with torch.device("meta"):
+            without_values = FAMILIES[key].build(config, level, ())
+        module = FAMILIES[key].build(config, level, ())
+        assert take_census(without_values, resolution) == take_census(module, resolution)
+
+
 def test_an_ensemble_averages_the_probabilities_of_its_members():
     module, images = _training_form("ensemble of three")
     exact = module.double()
