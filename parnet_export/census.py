@@ -14,7 +14,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from parnet_export.catalogue_rows import CatalogueRow
+from parnet_export.catalogue_row import CatalogueRow
 from parnet_export.models.catalog import CATALOG
 from parnet_export.operator_shapes import result_without_values
 

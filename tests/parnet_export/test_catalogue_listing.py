@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from parnet_export import catalogue_rows, census
-from parnet_export.catalogue_rows import CatalogueRow, list_catalogue
+from parnet_export import catalogue_listing, census
+from parnet_export.catalogue_listing import list_catalogue
+from parnet_export.catalogue_row import CatalogueRow
 
 ROW = CatalogueRow(
     name="net",
@@ -46,7 +47,7 @@ def test_the_catalogue_is_counted_once(counted, tmp_path):
 
 def test_other_code_counts_anew(counted, monkeypatch):
     list_catalogue()
-    monkeypatch.setattr(catalogue_rows, "toolkit_version", lambda: "0+other")
+    monkeypatch.setattr(catalogue_listing, "toolkit_version", lambda: "0+other")
     list_catalogue()
     list_catalogue()
     assert len(counted) == 2
@@ -83,7 +84,7 @@ def test_a_second_listing_loads_no_torch(counted, tmp_path, run_cli, monkeypatch
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise AssertionError('torch was loaded')")
-    path = catalogue_rows.__file__.rsplit("/parnet_export/", 1)[0]
+    path = catalogue_listing.__file__.rsplit("/parnet_export/", 1)[0]
     roots = (blocked, path, f"{path}/engines", f"{path}/bench")
     monkeypatch.setenv("PYTHONPATH", ":".join(map(str, roots)))
     done = run_cli("parnet-export", "models", "--json")

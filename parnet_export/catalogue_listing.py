@@ -14,31 +14,10 @@ import msgspec
 
 from parnet_export import files
 from parnet_export.cache import cache_directory, toolkit_version
+from parnet_export.catalogue_row import CatalogueRow  # noqa: TC001 - msgspec reads annotations
 from parnet_export.errors import InputError
 
 _FILE_NAME = "catalogue.json"
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogueRow:
-    """What a network of the catalogue costs, in training form and fused.
-
-    FLOPs are two per multiply-accumulate, of level ``repvgg``, for one image.
-    """
-
-    name: str
-    title: str
-    family: str
-    origin: str
-    source: str
-    choices: str
-    resolution: int
-    parameters: int
-    parameters_repvgg: int
-    parameters_full: int
-    flops_unfused: int
-    flops: int
-    depth: int
 
 
 @dataclass(frozen=True, slots=True)
