@@ -51,6 +51,8 @@ def detect(
     classes: Annotated[
         Path | None,
         typer.Option(
+            "--classes",
+            "--labels",
             help="A text file with the name of a class on each line. Default: the bundle's names, "
             "or COCO's where there are 80 classes.",
             metavar="F",
