@@ -50,8 +50,8 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle, prove it, and only then put it in the place of the one before.
 
-    The graphs and the weights file depend on nothing but `split`, `precision` and
-    the origin of the weights: the same input gives the same bytes.
+    The graphs and the weights file depend on nothing but `split`, `precision`, the
+    origin of the weights and the preprocessing: the same input gives the same bytes.
 
     Parameters
     ----------

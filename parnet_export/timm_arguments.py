@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from parnet_export.input_form import Interpolation
+
 if TYPE_CHECKING:
     from parnet_export.input_form import InputForm
 
@@ -69,11 +73,14 @@ def stated_form(metadata: Mapping[str, str], default: InputForm) -> InputForm | 
 
 def _understood(field: str, text: str | None) -> Any:
     """Return an argument as the field of a form; None where it is absent or something else."""
-    value = None if text is None else json.loads(text)
-    if field in {"mean", "std"}:
-        values = value if isinstance(value, list) else []
-        values = values * 3 if len(values) == 1 else values
-        return tuple(map(float, values)) if len(values) == 3 else None
-    if field == "crop":
-        return float(value) if isinstance(value, int | float) else None
-    return value if value in {"bicubic", "bilinear"} else None
+    if text is None:
+        return None
+    kinds = {"crop": float, "interpolation": Interpolation}
+    try:
+        value = msgspec.json.decode(text, type=kinds.get(field, tuple[float, ...]))
+    except msgspec.DecodeError:
+        return None
+    if isinstance(value, tuple):
+        value = value * 3 if len(value) == 1 else value
+        return value if len(value) == 3 else None
+    return value

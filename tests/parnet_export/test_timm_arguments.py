@@ -47,3 +47,9 @@ def test_what_arguments_leave_open_is_the_default():
 def test_without_sense_nothing_is_stated(arguments):
     found = picture_arguments({"args": arguments, "epoch": 1})
     assert stated_form(found, IMAGENET) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[[1]]", "null", "true", "[" * 5000, '"x"', "NaN", "[1,2]"])
+def test_metadata_that_somebody_else_wrote_is_no_argument(text):
+    names = ("args.mean", "args.std", "args.crop_pct", "args.interpolation")
+    assert stated_form(dict.fromkeys(names, text), IMAGENET) is None
