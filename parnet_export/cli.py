@@ -250,7 +250,7 @@ def split_streams(
                 raise InputError(option, problem, "Leave the option out")
         with console.working(f"reading {source}"):
             model, provenance = pipeline.read_graph(Path(source), resolution=resolution)
-        provenance = replace(provenance, input_form=options.override(provenance.input_form))
+        provenance = replace(provenance, input_form=options.note_on(provenance.input_form))
         names = read_names(labels, pipeline.count_classes(model)) if labels else ()
     else:
         with console.working(f"loading {source}"):

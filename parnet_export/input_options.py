@@ -83,22 +83,52 @@ class InputOptions:
         """Whether they leave nothing to assume but the usual order of colours."""
         return None not in (self.crop, self.mean, self.std, self.interpolation)
 
-    def override(self, form: InputForm | None) -> InputForm | None:
-        """Return `form` with the options in place of what it says.
+    def note_on(self, form: InputForm | None) -> InputForm | None:
+        """Return what is known of a network's pictures once the options are.
 
         Parameters
         ----------
         form
-            Of the network. Where it is None and options are given, ImageNet's.
+            Of the network. Where it is None and options are given, ImageNet's is their base.
+
+        Raises
+        ------
+        InputError
+            As `override`.
+        """
+        return self.override(form or IMAGENET) if self.given else form
+
+    def choose(
+        self, stated: InputForm | None, usual: InputForm, whose: str
+    ) -> tuple[InputForm, str]:
+        """Return how the pictures of a bundle are prepared, and a clause on who says so.
+
+        Parameters
+        ----------
+        stated
+            What the bundle states.
+        usual, whose
+            What is taken if it states nothing, and where that comes from, such as
+            ``"ImageNet's"``.
+
+        Raises
+        ------
+        InputError
+            As `override`.
+        """
+        source = "as the bundle states" if stated else f"{whose}, as the bundle states none"
+        if self.given:
+            source += f", but for {', '.join(self.given)}"
+        return self.override(stated or usual), source
+
+    def override(self, base: InputForm) -> InputForm:
+        """Return a form with the options in place of what it says.
 
         Raises
         ------
         InputError
             When an option cannot be read, is out of its range, or does not suit the network.
         """
-        if not self.given:
-            return form
-        base = form or IMAGENET
         if self.crop is not None and base.crop is None:
             problem = f"the network's pictures are prepared as a {base.fit}, which cuts nothing"
             raise InputError("--crop", problem, "Leave it out")

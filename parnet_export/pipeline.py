@@ -82,7 +82,7 @@ def describe_pictures(network: Network, options: InputOptions, labels: Path | No
     InputError
         When an option does not suit the network, or the file has another number of names.
     """
-    form = options.override(network.provenance.input_form)
+    form = options.note_on(network.provenance.input_form)
     names = read_names(labels, network.config.num_classes) if labels else network.labels
     return replace(network, provenance=replace(network.provenance, input_form=form), labels=names)
 

@@ -123,12 +123,11 @@ def _choose_form(bundle: Bundle, options: InputOptions) -> tuple[InputForm, str]
     from parnet_export.input_form import IMAGENET
 
     stated = bundle.manifest.provenance.input_form
-    form = options.override(stated or IMAGENET) or IMAGENET
+    form, source = options.choose(stated, IMAGENET, "ImageNet's")
     if form.fit != "crop":
         problem = f"prepares pictures as a {form.fit}, as detectors do"
         raise InputError(bundle.path, problem, "Give the bundle of a classifier")
-    source = "as the bundle states" if stated else "ImageNet's, as the bundle states none"
-    return form, f"{source}, but for {', '.join(options.given)}" if options.given else source
+    return form, source
 
 
 def _describe(form: InputForm, size: int) -> str:

@@ -80,6 +80,7 @@ class Detector:
         *,
         plan: Plan | Path = "streams",
         thresholds: Thresholds | None = None,
+        input_form: InputForm | None = None,
     ) -> Self:
         """Load a bundle of a detector.
 
@@ -92,6 +93,9 @@ class Detector:
         thresholds
             Which boxes are wanted. A graph with suppression has made its choice already:
             of what it returns, only a higher score can be asked for.
+        input_form
+            How images are prepared, as a letterbox; by default as the bundle states, or
+            else as YOLOv4-CSP's authors do it.
 
         Raises
         ------
@@ -110,7 +114,7 @@ class Detector:
             )
         _require_one_image(bundle)
         suppression = _choose(bundle, output, thresholds or Thresholds())
-        form = bundle.manifest.provenance.input_form or LETTERBOX
+        form = input_form or bundle.manifest.provenance.input_form or LETTERBOX
         if form.fit != "letterbox":
             problem = f"prepares its images as a {form.fit}, of which boxes are not brought back"
             raise InputError(bundle.path, problem, "Make it again with split-streams")

@@ -5,11 +5,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from parnet_export.input_form import LETTERBOX
+from parnet_export.input_options import (
+    ColourOrderOption,
+    InputOptions,
+    InterpolationOption,
+    MeanOption,
+    StdOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +74,10 @@ def detect(
             metavar="F",
         ),
     ] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    colour_order: ColourOrderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
@@ -72,7 +85,7 @@ def detect(
 ) -> None:
     """Find objects in image files with a bundle of a detector; boxes are in the image's pixels.
 
-    Images are prepared as the bundle says that the network's are.
+    Images are prepared as the bundle states, but for what options replace.
     """
     from parnet_engines.detect import Detector, Thresholds
     from parnet_export import console
@@ -85,11 +98,14 @@ def detect(
     described = opened.manifest.provenance.detections
     names = _names(opened, described.num_classes, classes) if described else ()
     thresholds = Thresholds(score_threshold, iou_threshold)
+    options = InputOptions(None, mean, std, interpolation, colour_order)
+    stated = opened.manifest.provenance.input_form
+    form, source = options.choose(stated, LETTERBOX, "YOLOv4-CSP's")
     found: list[ImageResult] = []
     pictures: list[NDArray[np.uint8]] = []
     with (
         console.working(f"looking at {len(images)} images"),
-        Detector.open(opened, devices, thresholds=thresholds) as detector,
+        Detector.open(opened, devices, thresholds=thresholds, input_form=form) as detector,
     ):
         for path in images:
             pixels = load_image(path)
@@ -102,8 +118,8 @@ def detect(
     for place, picture in zip(drawings, pictures, strict=True):
         _write_png(place, picture)
     console.show(
-        _as_dict(opened, detector, found),
-        _table(opened, detector, found),
+        _as_dict(opened, detector, found) | {"preprocessing": {**asdict(form), "source": source}},
+        _table(opened, f"{form.description}; {source}", found),
         as_json=as_json,
         output=output,
     )
@@ -209,12 +225,11 @@ def _as_dict(bundle: Bundle, detector: Detector, found: Sequence[ImageResult]) -
         "seed": origin.seed,
         "score_threshold": detector.suppression.min_score,
         "iou_threshold": detector.suppression.max_iou,
-        "preprocessing": detector.input_form,
         "images": found,
     }
 
 
-def _table(bundle: Bundle, detector: Detector, found: Sequence[ImageResult]) -> Table:
+def _table(bundle: Bundle, preprocessing: str, found: Sequence[ImageResult]) -> Table:
     from rich.table import Table
 
     from parnet_export.console import printable
@@ -222,11 +237,7 @@ def _table(bundle: Bundle, detector: Detector, found: Sequence[ImageResult]) -> 
     table = Table(title=printable(bundle.label), title_justify="left", box=None)
     table.padding = (0, 2, 0, 0)
     table.caption_justify = "left"
-    stated = bundle.manifest.provenance.input_form is not None
-    source = "as the bundle states" if stated else "YOLOv4-CSP's, as the bundle states none"
-    table.caption = (
-        f"Boxes in pixels of the image. Preprocessing: {detector.input_form.description}; {source}."
-    )
+    table.caption = f"Boxes in pixels of the image. Preprocessing: {preprocessing}."
     table.add_column("image", overflow="fold")
     table.add_column("object", overflow="fold")
     for heading in ("score", "left", "top", "right", "bottom"):

@@ -269,6 +269,16 @@ def test_images_are_prepared_as_the_bundle_says(run, drawn, tmp_path, names):
     assert boxes["stated"]["preprocessing"]["colour_order"] == "BGR"
     assert boxes["unstated"]["preprocessing"]["mean"] == [0, 0, 0]
     assert len(boxes["unstated"]["images"][0]["objects"]) != len(OBJECTS)
+    options = ("--mean", 0.5, "--std", 0.5, "--colour-order", "BGR")
+    ran = run("detect", drawn, "--bundle", tmp_path / "unstated", *options, "--json")
+    by_options = json.loads(ran.out)
+    found = [thing["box"] for thing in by_options["images"][0]["objects"]]
+    assert found == [thing["box"] for thing in boxes["stated"]["images"][0]["objects"]]
+    used = by_options["preprocessing"]
+    assert used["source"].endswith("states none, but for --mean, --std, --colour-order")
+    ran = run("detect", drawn, "--bundle", tmp_path / "unstated", "--std", 0)
+    assert (ran.exit_code, ran.out) == (2, "")
+    assert "standard deviations above 0" in ran.err
     shown = " ".join(run("detect", drawn, "--bundle", tmp_path / "stated").out.split())
     assert "BGR, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; as the bundle states." in shown
     shown = " ".join(run("detect", drawn, "--bundle", tmp_path / "unstated").out.split())

@@ -12,7 +12,7 @@ from parnet_export.input_options import InputOptions
 @pytest.mark.parametrize("form", [None, IMAGENET, LETTERBOX], ids=str)
 def test_without_options_nothing_changes(form):
     assert InputOptions().given == ()
-    assert InputOptions().override(form) is form
+    assert InputOptions().note_on(form) is form
 
 
 def test_options_replace_what_they_name_and_nothing_else():
@@ -24,7 +24,7 @@ def test_options_replace_what_they_name_and_nothing_else():
     assert options.override(form) == expected
     everything = InputOptions(1.0, "0.1,0.2,0.3", "1,2,3", "bicubic", "BGR")
     assert everything.is_complete
-    assert everything.override(None) == InputForm(
+    assert everything.note_on(None) == InputForm(
         "crop", 1.0, None, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "bicubic", "BGR"
     )
 
@@ -49,5 +49,18 @@ def test_a_detector_keeps_its_letterbox():
 )
 def test_options_without_sense_are_named(options, message):
     with pytest.raises(InputError) as caught:
-        options.override(None)
+        options.note_on(None)
     assert message in str(caught.value)
+
+
+def test_it_is_said_who_says_how_pictures_are_prepared():
+    form = InputForm(crop=1.0)
+    assert InputOptions().choose(form, IMAGENET, "ImageNet's") == (form, "as the bundle states")
+    assert InputOptions().choose(None, IMAGENET, "ImageNet's") == (
+        IMAGENET,
+        "ImageNet's, as the bundle states none",
+    )
+    options = InputOptions(std="1", colour_order="BGR")
+    found, source = options.choose(form, IMAGENET, "ImageNet's")
+    assert found == replace(form, std=(1.0,) * 3, colour_order="BGR")
+    assert source == "as the bundle states, but for --std, --colour-order"
