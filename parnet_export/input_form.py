@@ -60,12 +60,10 @@ class InputForm:
     colour_order: ColourOrder = "RGB"
 
     def __post_init__(self) -> None:
-        if (self.crop is None) == (self.fit == "crop") or (self.padding is None) != (
-            self.fit == "crop"
-        ):
-            raise ValueError(
-                f"a {self.fit} with a crop of {self.crop} and a padding of {self.padding}"
-            )
+        given = (self.crop is not None, self.padding is not None)
+        if given != (self.fit == "crop", self.fit == "letterbox"):
+            problem = f"a {self.fit} with a crop of {self.crop} and a padding of {self.padding}"
+            raise ValueError(problem)
         if self.crop is not None and not 0 < self.crop <= 1:
             raise ValueError(f"a crop of {self.crop} is not above 0 and at most 1")
         if self.padding is not None and not 0 <= self.padding <= 255:
@@ -76,11 +74,8 @@ class InputForm:
     @property
     def description(self) -> str:
         """All of it, for people."""
-        how = (
-            f"crop {self.crop:g}"
-            if self.fit == "crop"
-            else f"letterbox on a canvas of grey {self.padding}"
-        )
+        box = f"letterbox on a canvas of grey {self.padding}"
+        how = box if self.crop is None else f"crop {self.crop:g}"
         mean, std = ("/".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
         return f"{how}, {self.interpolation}, {self.colour_order}, mean {mean}, std {std}"
 
