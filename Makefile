@@ -12,12 +12,15 @@ DEMO := build/demo
 
 demo: $(READY)
 	mkdir -p $(DEMO)
-	$(BIN)/parnet-export fuse --ckpt examples/digits/digits.pth.tar --out $(DEMO)/digits.fused.safetensors
+	$(BIN)/parnet-export fuse --ckpt examples/digits/digits.pth.tar --out $(DEMO)/digits.fused.safetensors \
+		--mean 0.305 --std 0.324 --crop 1 --interpolation bilinear --labels examples/digits/labels.txt
 	$(BIN)/parnet-export split-streams $(DEMO)/digits.fused.safetensors --batch dynamic --out $(DEMO)/digits.bundle
 	$(BIN)/parnet-export inspect $(DEMO)/digits.bundle --svg $(DEMO)/stream_graph.svg
 	$(BIN)/parnet-export verify $(DEMO)/digits.bundle --ckpt examples/digits/digits.pth.tar
 	$(BIN)/python examples/digits/evaluate.py --ckpt examples/digits/digits.pth.tar \
 		--fused $(DEMO)/digits.fused.safetensors --bundle $(DEMO)/digits.bundle
+	$(BIN)/python examples/digits/pictures.py $(DEMO)/pictures
+	$(BIN)/parnet-export classify $(DEMO)/pictures/*.png --bundle $(DEMO)/digits.bundle --top 2
 	$(BIN)/parnet-bench latency $(DEMO)/digits.bundle --devices cpu \
 		--ckpt examples/digits/digits.pth.tar --baseline resnet18 --output $(DEMO)/latency.json
 	@echo "The stream graph is drawn in $(DEMO)/stream_graph.svg"

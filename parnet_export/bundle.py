@@ -21,6 +21,9 @@ from parnet_export.detection_form import (
     DetectionOutput,  # noqa: TC001 - msgspec reads annotations at run time
 )
 from parnet_export.errors import InputError, name_some
+from parnet_export.input_form import (
+    InputForm,  # noqa: TC001 - msgspec reads annotations at run time
+)
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class Provenance:
         UTC time, ISO 8601.
     detections
         How a detector's outputs are to be read; None for other networks and ONNX files.
+    input_form
+        How pictures become the network's input; None where nothing states it.
     """
 
     network: str
@@ -83,6 +88,7 @@ class Provenance:
     command: tuple[str, ...] = ()
     created: str = ""
     detections: DetectionOutput | None = None
+    input_form: InputForm | None = None
 
     @property
     def label(self) -> str:
@@ -122,6 +128,8 @@ class Manifest:
         Digest and size of every file named above.
     provenance
         Where the numbers come from.
+    labels
+        File name of the classes' names, one a line; empty if none are known.
     split_error
         Largest relative error of the segments, run one after another, against the
         whole graph when the bundle was written; None if that was not verified.
@@ -140,6 +148,7 @@ class Manifest:
     weights: str
     files: dict[str, StoredFile]
     provenance: Provenance
+    labels: str = ""
     split_error: float | None = None
     manifest_sha256: str = _NO_DIGEST
 
@@ -168,6 +177,14 @@ class Bundle:
     def label(self) -> str:
         """The network's name for tables, marked when its weights are random."""
         return self.manifest.provenance.label
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the outputs; empty if the bundle has none."""
+        if not self.manifest.labels:
+            return ()
+        text = (self.path / self.manifest.labels).read_text(encoding="utf-8")
+        return tuple(text.removesuffix("\n").split("\n"))
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -238,8 +255,8 @@ def _decode(path: Path, content: bytes) -> Manifest:
     blank = _MANIFEST_DIGEST.sub(_NO_DIGEST.encode(), content)
     if hashlib.sha256(blank).hexdigest() != manifest.manifest_sha256:
         raise InputError(path, "is not the file that was written (its digest differs)", _REMAKE)
-    named = {manifest.whole, *manifest.segment_files.values(), manifest.weights} - {""}
-    unlisted = sorted(named - set(manifest.files))
+    named = {manifest.whole, *manifest.segment_files.values(), manifest.weights, manifest.labels}
+    unlisted = sorted(named - set(manifest.files) - {""})
     if unlisted:
         raise InputError(path, f"lists no digest of {name_some(unlisted)}", _REMAKE)
     if {segment.name for segment in manifest.segments} != set(manifest.segment_files):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from parnet_export.catalogue_row import CatalogueRow
 from parnet_export.models.catalog import CATALOG
+from parnet_export.operator_shapes import result_without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 _COUNTED: tuple[Level, ...] = ("none", "repvgg")
 _LEVELS: tuple[Level, ...] = (*_COUNTED, "full")
 
+_CREATORS = frozenset(_device_constructors())
+
 _aten = torch.ops.aten
 
 _LAYERS = {
@@ -31,22 +38,6 @@ _LAYERS = {
     _aten.addmm.default: 2,
     _aten.mm.default: 1,
 }
-
-_SHAPED_LIKE_INPUT = frozenset(
-    {
-        _aten.relu.default,
-        _aten.silu.default,
-        _aten.sigmoid.default,
-        _aten.mish.default,
-        _aten.add.Tensor,
-        _aten.mul.Tensor,
-    }
-)
-"""Operators whose result has the first argument's shape, if no other argument broadcasts it.
-
-Shapes are all that matters here. Without weights torch works them out in Python, for these
-and for normalisations several times as slowly as for convolutions.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +90,10 @@ class _Counter(TorchDispatchMode):
         self.depth = 0
         self._depths: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and skipping first loads the whole compiler
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -106,7 +101,9 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = _run(func, args, kwargs or {})
+        result: Any = None if kwargs else result_without_values(func, args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         depth = max((self._depths.get(tensor, 0) for tensor in _tensors(args)), default=0)
         if func in _LAYERS:
             weight = args[_LAYERS[func]]
@@ -120,19 +117,6 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator; where only shapes are known, take what they are from its input if it can."""
-    first = args[0] if args else None
-    if not isinstance(first, torch.Tensor) or not first.is_meta:
-        return func(*args, **kwargs)
-    if func is _aten.native_batch_norm.default:
-        statistics = first.new_empty(0)  # of training; evaluation has none
-        return torch.empty_like(first), statistics, statistics
-    if func in _SHAPED_LIKE_INPUT and all(t.shape == first.shape for t in _tensors(args)):
-        return torch.empty_like(first)
-    return func(*args, **kwargs)
-
-
 def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -141,8 +125,8 @@ def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves weights as they are allocated, which on the ``meta`` device is not at all."""
+class _WithoutValues(TorchFunctionMode):
+    """Builds modules on the ``meta`` device and leaves out whatever only sets their values."""
 
     def __torch_function__(
         self,
@@ -151,55 +135,50 @@ class _NoInitialisation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs else args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _CREATORS:
+            return func(*args, **kwargs | {"device": "meta"})
+        # Operations in place end in an underscore: Tensor.zero_, torch.nn.init.uniform_.
+        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogueRow:
-    """What a network of the catalogue costs, in training form and fused.
-
-    FLOPs are two per multiply-accumulate, of level ``repvgg``, for one image.
-    """
-
-    name: str
-    title: str
-    family: str
-    origin: str
-    source: str
-    choices: str
-    resolution: int
-    parameters: int
-    parameters_repvgg: int
-    parameters_full: int
-    flops_unfused: int
-    flops: int
-    depth: int
-
-
-def list_catalogue() -> tuple[CatalogueRow, ...]:
-    """Count every network of the catalogue, on the ``meta`` device: no weights are made."""
+def count_catalogue() -> tuple[CatalogueRow, ...]:
+    """Count every network of the catalogue without making weights."""
     rows = []
-    for family, entry in CATALOG.values():
-        with _NoInitialisation(), torch.device("meta"):
-            forms = {level: family.build(entry.config, level, ()) for level in _LEVELS}
-        unfused, repvgg = (take_census(forms[level], entry.resolution) for level in _COUNTED)
-        rows.append(
-            CatalogueRow(
-                name=entry.name,
-                title=entry.title,
-                family=family.title,
-                origin=entry.origin,
-                source=entry.source,
-                choices=entry.choices,
-                resolution=entry.resolution,
-                parameters=unfused.parameters,
-                parameters_repvgg=repvgg.parameters,
-                parameters_full=sum(p.numel() for p in forms["full"].parameters()),
-                flops_unfused=unfused.flops,
-                flops=repvgg.flops,
-                depth=repvgg.depth,
+    with _without_garbage_collection():
+        for family, entry in CATALOG.values():
+            with _WithoutValues():
+                forms = {level: family.build(entry.config, level, ()) for level in _LEVELS}
+            unfused, repvgg = (take_census(forms[level], entry.resolution) for level in _COUNTED)
+            rows.append(
+                CatalogueRow(
+                    name=entry.name,
+                    title=entry.title,
+                    family=family.title,
+                    origin=entry.origin,
+                    source=entry.source,
+                    choices=entry.choices,
+                    resolution=entry.resolution,
+                    parameters=unfused.parameters,
+                    parameters_repvgg=repvgg.parameters,
+                    parameters_full=sum(p.numel() for p in forms["full"].parameters()),
+                    flops_unfused=unfused.flops,
+                    flops=repvgg.flops,
+                    depth=repvgg.depth,
+                )
             )
-        )
     return tuple(rows)
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keep the collector from searching tens of thousands of live modules again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

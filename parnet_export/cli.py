@@ -7,14 +7,24 @@ loads neither torch nor a runtime.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from parnet_engines import cli as engines_cli
-from parnet_export import console, files
+from parnet_export import console, files, models_command
 from parnet_export.errors import InputError
+from parnet_export.input_options import (
+    ColourOrderOption,
+    CropOption,
+    InputOptions,
+    InterpolationOption,
+    LabelsOption,
+    MeanOption,
+    StdOption,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,17 +79,25 @@ def fuse(
     seed: Seed = 0,
     as_json: AsJson = False,
     output: Output = None,
+    labels: LabelsOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    colour_order: ColourOrderOption = None,
 ) -> None:
     """Fuse a trained network into its inference form, prove it equal, and write it."""
     from parnet_export.checkpoint import write_safetensors
     from parnet_export.network import Header
-    from parnet_export.pipeline import beside, fuse_and_prove
+    from parnet_export.pipeline import beside, describe_pictures, fuse_and_prove
     from parnet_export.source import load_network
 
     path = out or beside(ckpt, ".fused.safetensors")
     _check_places(ckpt, {"--out": path, "--output": output})
+    options = InputOptions(crop, mean, std, interpolation, colour_order)
     with console.working(f"loading {ckpt}"):
         network = load_network(ckpt, arch=arch, activation=activation, use_ema=use_ema, seed=seed)
+    network = describe_pictures(network, options, labels)
     with console.working("fusing, and proving that both forms compute the same"):
         fused, proof = fuse_and_prove(network, level)
     with console.working(f"writing {path}"):
@@ -100,6 +118,8 @@ def fuse(
         "parameters_after": after,
         "float64_error": proof.float64_error,
         "float32_error": proof.float32_error,
+        "preprocessing": network.provenance.input_form,
+        "labels": len(network.labels),
         "file": str(path),
     }
     table = _facts(network.label)
@@ -112,6 +132,8 @@ def fuse(
         f"{proof.float64_error:.1e} in float64, {proof.float32_error:.1e} in float32, "
         "relative to the largest output",
     )
+    if network.provenance.input_form is not None:
+        table.add_row("preprocessing", network.provenance.input_form.description)
     table.add_row("written to", str(path))
     console.show(result, table, as_json=as_json, output=output)
 
@@ -186,9 +208,16 @@ def split_streams(
     seed: Seed = 0,
     as_json: AsJson = False,
     output: Output = None,
+    labels: LabelsOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    colour_order: ColourOrderOption = None,
 ) -> None:
     """Export a network to ONNX, split it into segments, and write them as a bundle."""
     from parnet_export import inspection, pipeline
+    from parnet_export.class_names import read_names
     from parnet_export.source import load_network
     from parnet_export.split import SplitOptions
 
@@ -201,6 +230,8 @@ def split_streams(
         "--max-detections": max_detections,
     }
     suppression = _parse_suppression(detections, limits)
+    options = InputOptions(crop, mean, std, interpolation, colour_order)
+    names: tuple[str, ...]
     model: ir.Model
     provenance: Provenance
     if source.endswith(".onnx"):
@@ -219,11 +250,15 @@ def split_streams(
                 raise InputError(option, problem, "Leave the option out")
         with console.working(f"reading {source}"):
             model, provenance = pipeline.read_graph(Path(source), resolution=resolution)
+        provenance = replace(provenance, input_form=options.note_on(provenance.input_form))
+        names = read_names(labels, pipeline.count_classes(model)) if labels else ()
     else:
         with console.working(f"loading {source}"):
             network = load_network(
                 source, arch=arch, activation=activation, use_ema=use_ema, seed=seed
             )
+        network = pipeline.describe_pictures(network, options, labels)
+        names = network.labels
         with console.working("exporting to ONNX"):
             model, provenance = pipeline.export_graph(
                 network,
@@ -242,6 +277,7 @@ def split_streams(
             options=SplitOptions(min_gain=min_gain),
             prove=verify,
             command=("parnet-export", *sys.argv[1:]),
+            labels=names,
         )
     _show_inspection(inspection.inspect(bundle), as_json=as_json, output=output)
     for note in notes:
@@ -273,39 +309,7 @@ def inspect_bundle(
     _show_inspection(inspection.inspect(opened), as_json=as_json, output=output)
 
 
-@app.command()
-def models(as_json: AsJson = False, output: Output = None) -> None:
-    """List the networks that can be named instead of giving a file."""
-    from rich.table import Table
-
-    from parnet_export.census import list_catalogue
-
-    _check_places("", {"--output": output})
-    with console.working("counting"):
-        rows = list_catalogue()
-    table = Table(title="Catalogue", title_justify="left", caption_justify="left", box=None)
-    table.padding = (0, 1, 0, 0)  # names and all fit into 80 columns
-    table.caption = (
-        "Parameters in millions: unfused, and fused at level repvgg and full. GFLOP: 10^9, two "
-        "per multiply-accumulate, of one image at level repvgg. A name stands for random weights."
-    )
-    table.add_column("name", no_wrap=True)
-    for heading in ("params", "repvgg", "full", "GFLOP", "depth", "px"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("structure", no_wrap=True)
-    for row in rows:
-        counts = (row.parameters, row.parameters_repvgg, row.parameters_full)
-        table.add_row(
-            row.name,
-            *(f"{count / 1e6:.2f}" for count in counts),
-            f"{row.flops / 1e9:.2f}",
-            str(row.depth),
-            str(row.resolution),
-            row.origin,
-        )
-    console.show(rows, table, as_json=as_json, output=output)
-
-
+models_command.register(app)
 engines_cli.register(app)
 
 

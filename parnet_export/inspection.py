@@ -307,6 +307,8 @@ def _origin_facts(inspection: Inspection) -> list[tuple[str, str]]:
         facts.append(("fuse level", origin.level))
     if origin.detections is not None:
         facts.append(("returns", origin.detections.description))
+    if origin.input_form is not None:
+        facts.append(("preprocessing", origin.input_form.description))
     facts.append(("precision", inspection.precision))
     if inspection.batch is not None:
         dynamic = isinstance(inspection.batch, str)

@@ -2,7 +2,7 @@
 
 Source: the preprocessing of ScaledYOLOv4 and YOLOR in their code. The image is resized by
 bilinear interpolation between the four nearest pixels, also where it shrinks, and centred on
-a canvas of grey 114; then RGB in [0, 1].
+a canvas of grey 114; then RGB in [0, 1]. An `InputForm` may say otherwise.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from parnet_export.input_form import LETTERBOX
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PADDING = 114
-"""Grey around the image, of 255."""
+    from parnet_export.input_form import InputForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +55,47 @@ class Letterbox:
         left, top = (canvas_size[0] - width) // 2, (canvas_size[1] - height) // 2
         return cls(*image_size, *canvas_size, width, height, left, top)
 
-    def apply(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def apply(self, image: NDArray[np.uint8], form: InputForm = LETTERBOX) -> NDArray[np.float32]:
         """Return the network's input.
 
         Parameters
         ----------
         image
             ``(image_height, image_width, 3)``, RGB.
+        form
+            Of the fit ``"letterbox"``: the canvas's grey, and the network's channels.
 
         Returns
         -------
         NDArray
-            ``(1, 3, canvas_height, canvas_width)``, float32, RGB in [0, 1].
+            ``(1, 3, canvas_height, canvas_width)``, float32; by default RGB in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When `form` is of another fit; the message is a clause.
         """
         from PIL import Image
 
+        from parnet_export.preprocessing import RESAMPLING, normalise
+
+        if form.padding is None:
+            raise ValueError(f"is prepared as a {form.fit}, which gives no letterbox")
+
         # Pillow's own resizing averages over more pixels where an image shrinks; its affine
-        # transformation interpolates between four, as the authors' preprocessing does.
+        # transformation interpolates between the nearest, as the authors' preprocessing does.
         across, down = self.image_width / self.width, self.image_height / self.height
         resized = Image.fromarray(image).transform(
             (self.width, self.height),
             Image.Transform.AFFINE,
             (across, 0, 0, 0, down, 0),
-            resample=Image.Resampling.BILINEAR,
+            resample=RESAMPLING[form.interpolation],
         )
-        canvas = np.full((self.canvas_height, self.canvas_width, 3), PADDING, np.uint8)
+        canvas = np.full((self.canvas_height, self.canvas_width, 3), form.padding, np.uint8)
         rows = slice(self.top, self.top + self.height)
         columns = slice(self.left, self.left + self.width)
         canvas[rows, columns] = np.asarray(resized)
-        planes = np.ascontiguousarray(canvas.transpose(2, 0, 1)[None])
-        return planes.astype(np.float32) / np.float32(255)
+        return normalise(canvas, form)[None]
 
     def to_image(self, corners: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Bring boxes on the canvas to the image, cut off at its border.

@@ -41,6 +41,8 @@ class Network:
         Where the weights come from.
     output_names
         What the module returns: ``("logits",)`` of shape ``(N, classes)`` for a classifier.
+    labels
+        Names of the classes in the order of the outputs; none where they are not known.
     """
 
     module: nn.Module
@@ -51,6 +53,7 @@ class Network:
     input_multiple: int
     provenance: Provenance
     output_names: tuple[str, ...] = ("logits",)
+    labels: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,6 +75,7 @@ class Header:
     config: dict[str, Any]
     resolution: int
     provenance: Provenance
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, network: Network) -> Header:
@@ -82,6 +86,7 @@ class Header:
             asdict(network.config),
             network.resolution,
             network.provenance,
+            network.labels,
         )
 
     def encode(self) -> dict[str, str]:

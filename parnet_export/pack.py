@@ -20,6 +20,7 @@ from parnet_export import files
 from parnet_export.bundle import SCHEMA_VERSION, BundleWriter, Manifest
 from parnet_export.cost import graph_cost
 from parnet_export.errors import CheckFailedError
+from parnet_export.input_form import INPUT_FORM_KEY, encode_form
 from parnet_export.verify import prove_split
 from parnet_export.weights_file import StoredTensor, large_tensors, refer_to, write_tensors
 
@@ -44,12 +45,13 @@ def write_bundle(
     precision: Precision,
     provenance: Provenance,
     prove: bool = True,
+    labels: Sequence[str] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> Bundle:
     """Write a bundle, prove it, and only then put it in the place of the one before.
 
-    The graphs and the weights file depend on nothing but `split`, `precision` and
-    the origin of the weights: the same input gives the same bytes.
+    The graphs and the weights file depend on nothing but `split`, `precision`, the
+    origin of the weights and the preprocessing: the same input gives the same bytes.
 
     Parameters
     ----------
@@ -65,6 +67,8 @@ def write_bundle(
     prove
         Whether to compare the segments with the whole graph by running both. Without
         it, the manifest says that the split was not verified.
+    labels
+        Names of the classes, if they are to be stored.
     sizes
         Sizes of symbolic dimensions in the proof, as `make_samples` takes them.
 
@@ -102,6 +106,8 @@ def write_bundle(
                 detections=provenance.detections,
             )
             proof.require("Nothing was written.")
+        text = "".join(f"{name}\n" for name in labels)
+        named = writer.add_bytes("labels", ".txt", text.encode()) if labels else ""
         return writer.commit(
             Manifest(
                 schema_version=SCHEMA_VERSION,
@@ -115,6 +121,7 @@ def write_bundle(
                 weights=weights,
                 files={},
                 provenance=provenance,
+                labels=named,
                 split_error=proof.worst_error if proof else None,
             )
         )
@@ -179,6 +186,7 @@ def _metadata(precision: Precision, provenance: Provenance) -> dict[str, str]:
         "parnet.source_sha256": provenance.source_sha256,
         "parnet.activation": provenance.activation,
         "parnet.level": provenance.level,
+        INPUT_FORM_KEY: encode_form(provenance.input_form) if provenance.input_form else "",
     }
     return {key: value for key, value in known.items() if value}
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from parnet_export import files
 from parnet_export.bundle import Provenance
+from parnet_export.class_names import read_names
 from parnet_export.detector import (
     FULL_PRECISION_MODULES,
     detection_output,
@@ -19,6 +20,7 @@ from parnet_export.detector import (
 from parnet_export.errors import CheckFailedError, InputError
 from parnet_export.export import export_network
 from parnet_export.fuse import fuse_network, prove_fusion
+from parnet_export.input_form import INPUT_FORM_KEY, decode_form
 from parnet_export.onnx_graph import load_onnx
 from parnet_export.pack import write_bundle
 from parnet_export.precision import to_fp16
@@ -26,9 +28,12 @@ from parnet_export.source import name_of_file, now, tool_versions
 from parnet_export.split import SplitOptions, split_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parnet_export.bundle import Bundle, Precision
     from parnet_export.detection_form import Form, Suppression
     from parnet_export.fuse import FusionProof
+    from parnet_export.input_options import InputOptions
     from parnet_export.network import Level, Network
 
 DYNAMIC = "dynamic"
@@ -58,6 +63,43 @@ def fuse_and_prove(network: Network, level: Level) -> tuple[Network, FusionProof
             "relative to the largest output. Nothing was written."
         )
     return fused, proof
+
+
+def describe_pictures(network: Network, options: InputOptions, labels: Path | None) -> Network:
+    """Note how a network's pictures are prepared and what its classes are called.
+
+    Parameters
+    ----------
+    network
+        Keeps what it says already where nothing is given.
+    options
+        What is known better.
+    labels
+        A text file with the name of each class on a line.
+
+    Raises
+    ------
+    InputError
+        When an option does not suit the network, or the file has another number of names.
+    """
+    form = options.note_on(network.provenance.input_form)
+    names = read_names(labels, network.config.num_classes) if labels else network.labels
+    return replace(network, provenance=replace(network.provenance, input_form=form), labels=names)
+
+
+def count_classes(model: ir.Model) -> int:
+    """Return how many classes the graph of a classifier knows.
+
+    Raises
+    ------
+    InputError
+        When the graph has other outputs than one of shape ``(N, classes)``.
+    """
+    shapes = [tuple(value.shape or ()) for value in model.graph.outputs]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not isinstance(shapes[0][1], int):
+        problem = "the graph is no classifier with a known number of classes"
+        raise InputError("--labels", problem, "Leave it out")
+    return shapes[0][1]
 
 
 def export_graph(
@@ -119,17 +161,24 @@ def read_graph(path: Path, *, resolution: int | None = None) -> tuple[ir.Model, 
     Raises
     ------
     InputError
-        When the file is missing or damaged, or a size is asked for that it does not leave free.
+        When the file or its metadata are missing or damaged, or a size is asked for that it
+        does not leave free.
     """
     model = load_onnx(path)
     if resolution is not None:
         _fix_image_size(model, resolution, path)
+    stated = model.metadata_props.get(INPUT_FORM_KEY)
+    try:
+        form = decode_form(stated) if stated else None
+    except ValueError as error:
+        raise InputError(path, str(error), "Export it again") from error
     provenance = Provenance(
         network=name_of_file(path),
         source=str(path),
         source_sha256=files.sha256_of(path),
         tools=tool_versions(),
         created=now(),
+        input_form=form,
     )
     return model, provenance
 
@@ -157,6 +206,7 @@ def make_bundle(
     options: SplitOptions | None = None,
     prove: bool = True,
     command: tuple[str, ...] = (),
+    labels: Sequence[str] = (),
 ) -> tuple[Bundle, tuple[str, ...]]:
     """Split a graph into segments and write the bundle.
 
@@ -176,6 +226,8 @@ def make_bundle(
         Compare whole and split graph before anything is committed.
     command
         The command line to note in the bundle.
+    labels
+        Names of the classes to store in the bundle.
 
     Returns
     -------
@@ -185,7 +237,9 @@ def make_bundle(
     graph = to_fp16(model, keep=FULL_PRECISION_MODULES) if precision == "fp16" else model
     split = split_model(graph, options or SplitOptions())
     noted = replace(provenance, command=command)
-    bundle = write_bundle(split, path, precision=precision, provenance=noted, prove=prove)
+    bundle = write_bundle(
+        split, path, precision=precision, provenance=noted, prove=prove, labels=labels
+    )
     return bundle, split.notes
 
 

@@ -19,14 +19,18 @@ from parnet_export.errors import InputError, name_some
 from parnet_export.models.batch_norm import randomise_batch_norm
 from parnet_export.models.catalog import CATALOG, FAMILIES, find_name
 from parnet_export.network import Header, Network
+from parnet_export.timm_arguments import stated_form
 
 if TYPE_CHECKING:
     from typing import Any
 
     from torch import nn
 
+    from parnet_export.input_form import InputForm
     from parnet_export.models.family import Family
     from parnet_export.network import Level
+
+IMAGENET_CLASSES = 1000
 
 _SUFFIXES = (".tar", ".pth", ".pt", ".safetensors", ".fused", ".bin", ".ckpt", ".weights")
 _TOOLS = ("parnet-export", "torch", "onnx", "onnx-ir", "onnxruntime")
@@ -147,8 +151,15 @@ def _random_network(name: str, arch: str | None, activation: str, seed: int) -> 
         architecture=family.describe(config),
         tools=tool_versions(),
         created=now(),
+        input_form=_authors_form(family, config),
     )
     return _network(module, family, config, provenance, level="none", resolution=entry.resolution)
+
+
+def _authors_form(family: Family, config: Any) -> InputForm | None:
+    """Return how a family's authors prepare pictures, where they have said so."""
+    known = family.anchor_levels or config.num_classes == IMAGENET_CLASSES
+    return family.input_form if known else None
 
 
 def _with_activation(name: str, config: Any, activation: str) -> Any:
@@ -202,6 +213,8 @@ def _from_file(checkpoint: Checkpoint, arch: str | None, activation: str) -> Net
         architecture=family.describe(config),
         tools=tool_versions(),
         created=now(),
+        input_form=stated_form(checkpoint.metadata, family.input_form)
+        or _authors_form(family, config),
     )
     module = family.build(config, restored.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, path)
@@ -229,7 +242,7 @@ def _from_header(
     _check_arch(checkpoint.path, family, config, arch)
     module = family.build(config, header.level, checkpoint.tensors)
     load_strictly(module, checkpoint.tensors, checkpoint.path)
-    return _network(
+    network = _network(
         module,
         family,
         config,
@@ -237,6 +250,7 @@ def _from_header(
         level=header.level,
         resolution=header.resolution,
     )
+    return replace(network, labels=header.labels)
 
 
 def _recognise(checkpoint: Checkpoint) -> Family:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from parnet_export.errors import InputError, name_some
+from parnet_export.timm_arguments import picture_arguments
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,8 +86,8 @@ def read_torch_file(path: Path, *, use_ema: bool) -> tuple[dict[str, Tensor], di
         CPU tensors in their stored types, by names freed from wrapper prefixes;
         and what the checkpoint says about itself: ``"weights_entry"``, the entry
         the weights were taken from (empty for a bare state dict), and those of
-        arch, epoch, metric and version that it tells. Zip files back their
-        tensors: a page is read when it is first used.
+        arch, epoch, metric, version and arguments about pictures that it tells. Zip files
+        back their tensors: a page is read when it is first used.
 
     Raises
     ------
@@ -101,6 +102,7 @@ def read_torch_file(path: Path, *, use_ema: bool) -> tuple[dict[str, Tensor], di
         for name in _FACTS:
             if isinstance(content.get(name), str | int | float):
                 facts[name] = str(content[name])
+        facts |= picture_arguments(content)
     return tensors, facts
 
 

@@ -27,6 +27,8 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     assert all(top in packages or top.endswith(".dist-info") for top in tops)
     assert {f"{package}/py.typed" for package in packages} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert any(name.endswith("/LICENSE-WordNet.txt") and "/licenses/" in name for name in names)
+    assert "parnet_export/imagenet_names.txt" in names
 
 
 @pytest.mark.network

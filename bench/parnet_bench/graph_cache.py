@@ -10,9 +10,7 @@ exporting code go when nobody has used them for a while.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import importlib.resources
 import os
 import shutil
 import tempfile
@@ -23,18 +21,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from parnet_export import __version__, files
+from parnet_export import files
 from parnet_export.bundle import Bundle, Precision, open_bundle
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from importlib.resources.abc import Traversable
 
     from parnet_export.network import Level
-
-CACHE_VARIABLE = "PARNET_EXPORT_CACHE"
-"""Environment variable that names another place for the cache."""
 
 KEEP_UNUSED_S = 14 * 24 * 3600
 """How long entries of another version of the exporting code are kept unused."""
@@ -106,23 +100,6 @@ class CachedGraph:
 
     bundle: Bundle
     size: NetworkSize
-
-
-def cache_directory() -> Path:
-    """Return the folder of the cache: `CACHE_VARIABLE`, else in the user's cache folder."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "parnet-export"
-
-
-@functools.cache
-def toolkit_version() -> str:
-    """Return the version of the exporting code, told from its text as well as its number."""
-    digest = hashlib.sha256()
-    for source in _sources(importlib.resources.files("parnet_export")):
-        digest.update(source.name.encode() + source.read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:16]}"
 
 
 def cached_graph(
@@ -208,11 +185,3 @@ def _remove(place: Path) -> None:
             place.unlink(missing_ok=True)
     except OSError as error:
         raise files.unwritable(place, error) from error
-
-
-def _sources(folder: Traversable) -> Iterator[Traversable]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _sources(entry)
-        elif entry.name.endswith(".py"):
-            yield entry

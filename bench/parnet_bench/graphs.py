@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parnet_bench.graph_cache import (
-    GraphKey,
-    NetworkSize,
-    cache_directory,
-    cached_graph,
-    toolkit_version,
-)
+from parnet_bench.graph_cache import GraphKey, NetworkSize, cached_graph
 from parnet_export import files
 from parnet_export.bundle import MANIFEST_NAME
+from parnet_export.cache import cache_directory, toolkit_version
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:

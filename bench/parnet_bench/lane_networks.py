@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from parnet_bench.graph_cache import (
-    GraphKey,
-    NetworkSize,
-    cache_directory,
-    cached_graph,
-    toolkit_version,
-)
+from parnet_bench.graph_cache import GraphKey, NetworkSize, cached_graph
+from parnet_export.cache import cache_directory, toolkit_version
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:

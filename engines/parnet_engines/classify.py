@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.base_session import AnySession
     from parnet_export.bundle import Bundle
-    from parnet_export.preprocessing import Preprocessing
+    from parnet_export.input_form import InputForm
 
 _NOT_ONE = 1e-2
 """How far from 1 a sum of probabilities in half precision may be."""
@@ -85,8 +85,9 @@ def classifier_shape(bundle: Bundle) -> tuple[int | None, int]:
 def classify(
     session: AnySession,
     paths: Sequence[Path],
-    settings: Preprocessing,
+    form: InputForm,
     *,
+    resolution: int,
     labels: Sequence[str] = (),
     top: int = 5,
 ) -> tuple[Classified, ...]:
@@ -99,8 +100,10 @@ def classify(
         rows of non-negative numbers that add up to 1 are taken as they are.
     paths
         The pictures.
-    settings
+    form
         How they become the network's input.
+    resolution
+        Height and width of that input in pixels.
     labels
         A name for each class, or none.
     top
@@ -111,7 +114,7 @@ def classify(
     InputError
         When a picture cannot be read or used. All are read before the first is classified.
     """
-    images = np.stack([_load(path, settings) for path in paths])
+    images = np.stack([_load(path, form, resolution) for path in paths])
     probabilities = _probabilities(_run(session, images))
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     return tuple(
@@ -123,9 +126,9 @@ def classify(
     )
 
 
-def _load(path: Path, settings: Preprocessing) -> NDArray[np.float32]:
+def _load(path: Path, form: InputForm, resolution: int) -> NDArray[np.float32]:
     try:
-        return preprocess(load_image(path), settings)
+        return preprocess(load_image(path), form, resolution)
     except ValueError as error:
         raise InputError(path, str(error), "Cut out the part to classify") from error
 

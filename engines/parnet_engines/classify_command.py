@@ -8,17 +8,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from parnet_export.input_options import (
+    ColourOrderOption,
+    CropOption,
+    InputOptions,
+    InterpolationOption,
+    LabelsOption,
+    MeanOption,
+    StdOption,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from parnet_engines.classify import Classified
     from parnet_export.bundle import Bundle
-    from parnet_export.preprocessing import Preprocessing
+    from parnet_export.input_form import InputForm
 
 
 def classify(
@@ -27,10 +38,7 @@ def classify(
         Path, typer.Option(help="Bundle of a classifier.", metavar="BUNDLE", show_default=False)
     ],
     devices: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="Names of the classes, one a line, in their order.", metavar="F"),
-    ] = None,
+    labels: LabelsOption = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 5,
     resolution: Annotated[
         int | None,
@@ -38,18 +46,11 @@ def classify(
             min=1, help="Height and width, where the network leaves them open.", metavar="PX"
         ),
     ] = None,
-    crop: Annotated[
-        float, typer.Option(help="Share of the shorter side that is kept.", metavar="SHARE")
-    ] = 0.875,
-    mean: Annotated[
-        str, typer.Option(help="Of red, green and blue, or one for all.", metavar="R,G,B")
-    ] = "0.485,0.456,0.406",
-    std: Annotated[
-        str, typer.Option(help="Of red, green and blue, or one for all.", metavar="R,G,B")
-    ] = "0.229,0.224,0.225",
-    interpolation: Annotated[
-        Literal["bicubic", "bilinear"], typer.Option(help="How pictures are resized.")
-    ] = "bicubic",
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    colour_order: ColourOrderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
@@ -57,39 +58,47 @@ def classify(
 ) -> None:
     """Name what pictures show, with the preprocessing that the network was trained with.
 
-    The defaults are ImageNet's. Of the bundle comes the size of the images.
+    Size, preprocessing and the names of the classes come from the bundle. One that states no
+    preprocessing gets that of ParNet's ImageNet networks; one that has no names, ImageNet's if
+    it knows 1000 classes. Options replace what the bundle says.
     """
     from parnet_engines import classify as classifier
     from parnet_engines.session import Session
     from parnet_export import console, files
     from parnet_export.bundle import open_bundle
+    from parnet_export.class_names import read_names, usual_names
 
     if output is not None:
         files.require_writable(output)
     opened = open_bundle(bundle)
     own, classes = classifier.classifier_shape(opened)
-    settings = _settings(
-        _resolution(bundle, own, resolution),
-        crop,
-        _colours("--mean", mean),
-        _colours("--std", std),
-        interpolation,
-    )
-    names = _read_labels(labels, classes) if labels is not None else ()
+    size = _resolution(bundle, own, resolution)
+    options = InputOptions(crop, mean, std, interpolation, colour_order)
+    form, source = _choose_form(opened, options)
+    if labels is not None:
+        names = read_names(labels, classes)
+    else:
+        names = opened.class_names or usual_names(classes, detector=False)
     with (
         console.working(f"classifying {len(images)} pictures"),
         Session.open(opened, devices) as session,
     ):
-        found = classifier.classify(session, images, settings, labels=names, top=top)
+        found = classifier.classify(session, images, form, resolution=size, labels=names, top=top)
     origin = opened.manifest.provenance
     result = {
         "bundle": str(bundle),
         "network": origin.network,
         "weights": origin.weights,
-        "preprocessing": settings,
+        "preprocessing": {"resolution": size, **asdict(form), "source": source},
         "images": found,
     }
-    console.show(result, _table(opened, settings, found), as_json=as_json, output=output)
+    table = _table(opened, f"{_describe(form, size)}; {source}.", found)
+    console.show(result, table, as_json=as_json, output=output)
+    if origin.input_form is None and not options.is_complete:
+        console.warn(
+            f"{bundle} states no preprocessing, so ParNet's for ImageNet is assumed; "
+            "say it here or to split-streams, with --crop, --mean, --std and --interpolation"
+        )
 
 
 def register(app: typer.Typer) -> None:
@@ -108,61 +117,33 @@ def _resolution(bundle: Path, own: int | None, asked: int | None) -> int:
     return own or asked or 0
 
 
-def _settings(
-    resolution: int,
-    crop: float,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    interpolation: Literal["bicubic", "bilinear"],
-) -> Preprocessing:
+def _choose_form(bundle: Bundle, options: InputOptions) -> tuple[InputForm, str]:
+    """Return how pictures are prepared, and a clause that says who says so."""
     from parnet_export.errors import InputError
-    from parnet_export.preprocessing import Preprocessing
+    from parnet_export.input_form import IMAGENET
 
-    try:
-        return Preprocessing(resolution, crop, mean, std, interpolation)
-    except ValueError as error:
-        raise InputError("preprocessing", str(error), "Check --crop, --mean and --std") from error
-
-
-def _colours(option: str, text: str) -> tuple[float, float, float]:
-    from parnet_export.errors import InputError
-
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) == 1:
-        values *= 3
-    if len(values) != 3:
-        raise InputError(option, f"{text!r} is neither a number nor three", "Write R,G,B")
-    return values[0], values[1], values[2]
+    stated = bundle.manifest.provenance.input_form
+    form, source = options.choose(stated, IMAGENET, "ImageNet's")
+    if form.fit != "crop":
+        problem = f"prepares pictures as a {form.fit}, as detectors do"
+        raise InputError(bundle.path, problem, "Give the bundle of a classifier")
+    return form, source
 
 
-def _read_labels(path: Path, classes: int) -> tuple[str, ...]:
-    from parnet_export.errors import InputError
+def _describe(form: InputForm, size: int) -> str:
+    from parnet_export.preprocessing import resized_side
 
-    try:
-        names = tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(path, f"cannot be read ({reason})", "Give a text file") from error
-    if len(names) != classes:
-        problem = f"has {len(names)} lines, but the network knows {classes} classes"
-        raise InputError(path, problem, "Give one line for each class")
-    return names
+    middle = f"The middle {size} x {size} pixels of pictures resized to {resized_side(form, size)}"
+    return f"{middle}: {form.description}"
 
 
-def _table(bundle: Bundle, settings: Preprocessing, found: tuple[Classified, ...]) -> Table:
+def _table(bundle: Bundle, caption: str, found: tuple[Classified, ...]) -> Table:
     from rich.table import Table
 
     from parnet_export.console import format_percent, printable
 
     table = Table(title=printable(bundle.label), title_justify="left", box=None)
-    side, how = settings.resolution, f"{settings.resized} ({settings.interpolation})"
-    table.caption = (
-        f"The middle {side} x {side} pixels of pictures resized to {how}, "
-        f"mean {'/'.join(map(str, settings.mean))}, std {'/'.join(map(str, settings.std))}."
-    )
+    table.caption = caption
     table.caption_justify = "left"
     table.add_column("image", overflow="fold")
     table.add_column("class", justify="right")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from parnet_engines.session import Session
 from parnet_export.detection_form import BOXES_NAME, Suppression
 from parnet_export.errors import InputError
+from parnet_export.input_form import LETTERBOX
 from parnet_export.letterbox import Letterbox
 from parnet_export.suppression import Detections, read_detections, suppress
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from parnet_engines.session import Plan
     from parnet_export.bundle import Bundle
     from parnet_export.detection_form import DetectionOutput
+    from parnet_export.input_form import InputForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,21 @@ class Detector:
         How to read the outputs.
     suppression
         Which boxes are returned.
+    input_form
+        How images become the network's input: as a letterbox.
     """
 
     def __init__(
-        self, session: AnySession, output: DetectionOutput, suppression: Suppression
+        self,
+        session: AnySession,
+        output: DetectionOutput,
+        suppression: Suppression,
+        input_form: InputForm = LETTERBOX,
     ) -> None:
         self._session = session
         self._output = output
         self.suppression = suppression
+        self.input_form = input_form
 
     @classmethod
     def open(
@@ -71,6 +80,7 @@ class Detector:
         *,
         plan: Plan | Path = "streams",
         thresholds: Thresholds | None = None,
+        input_form: InputForm | None = None,
     ) -> Self:
         """Load a bundle of a detector.
 
@@ -83,6 +93,9 @@ class Detector:
         thresholds
             Which boxes are wanted. A graph with suppression has made its choice already:
             of what it returns, only a higher score can be asked for.
+        input_form
+            How images are prepared, as a letterbox; by default as the bundle states, or
+            else as YOLOv4-CSP's authors do it.
 
         Raises
         ------
@@ -101,7 +114,11 @@ class Detector:
             )
         _require_one_image(bundle)
         suppression = _choose(bundle, output, thresholds or Thresholds())
-        return cls(Session.open(bundle, devices, plan=plan), output, suppression)
+        form = input_form or bundle.manifest.provenance.input_form or LETTERBOX
+        if form.fit != "letterbox":
+            problem = f"prepares its images as a {form.fit}, of which boxes are not brought back"
+            raise InputError(bundle.path, problem, "Make it again with split-streams")
+        return cls(Session.open(bundle, devices, plan=plan), output, suppression, form)
 
     def detect(self, image: NDArray[np.uint8]) -> Detections:
         """Find the objects in an image.
@@ -119,7 +136,7 @@ class Detector:
         spec = self._session.inputs[0]
         height, width = (int(size) for size in spec.shape[2:])
         letterbox = Letterbox.fit((image.shape[1], image.shape[0]), (width, height))
-        found = self._read(self._session.run({spec.name: letterbox.apply(image)}))
+        found = self._read(self._session.run({spec.name: letterbox.apply(image, self.input_form)}))
         return Detections(letterbox.to_image(found.corners), found.scores, found.classes)
 
     def close(self) -> None:

@@ -5,11 +5,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from parnet_export.input_form import LETTERBOX
+from parnet_export.input_options import (
+    ColourOrderOption,
+    InputOptions,
+    InterpolationOption,
+    MeanOption,
+    StdOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,8 +60,10 @@ def detect(
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="A text file with the name of a class on each line. Default: COCO's names "
-            "where there are 80 classes.",
+            "--classes",
+            "--labels",
+            help="A text file with the name of a class on each line. Default: the bundle's names, "
+            "or COCO's where there are 80 classes.",
             metavar="F",
         ),
     ] = None,
@@ -63,29 +74,38 @@ def detect(
             metavar="F",
         ),
     ] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    colour_order: ColourOrderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write the result as JSON.", metavar="F")
     ] = None,
 ) -> None:
-    """Find objects in image files with a bundle of a detector; boxes are in the image's pixels."""
+    """Find objects in image files with a bundle of a detector; boxes are in the image's pixels.
+
+    Images are prepared as the bundle states, but for what options replace.
+    """
     from parnet_engines.detect import Detector, Thresholds
     from parnet_export import console
     from parnet_export.boxes_picture import draw_boxes
     from parnet_export.bundle import open_bundle
-    from parnet_export.class_names import read_names
     from parnet_export.images import load_image
 
     drawings = _places(images, draw, output)
     opened = open_bundle(bundle)
     described = opened.manifest.provenance.detections
-    names = read_names(classes, described.num_classes) if described else ()
+    names = _names(opened, described.num_classes, classes) if described else ()
     thresholds = Thresholds(score_threshold, iou_threshold)
+    options = InputOptions(None, mean, std, interpolation, colour_order)
+    stated = opened.manifest.provenance.input_form
+    form, source = options.choose(stated, LETTERBOX, "YOLOv4-CSP's")
     found: list[ImageResult] = []
     pictures: list[NDArray[np.uint8]] = []
     with (
         console.working(f"looking at {len(images)} images"),
-        Detector.open(opened, devices, thresholds=thresholds) as detector,
+        Detector.open(opened, devices, thresholds=thresholds, input_form=form) as detector,
     ):
         for path in images:
             pixels = load_image(path)
@@ -98,7 +118,10 @@ def detect(
     for place, picture in zip(drawings, pictures, strict=True):
         _write_png(place, picture)
     console.show(
-        _as_dict(opened, detector, found), _table(opened, found), as_json=as_json, output=output
+        _as_dict(opened, detector, found) | {"preprocessing": {**asdict(form), "source": source}},
+        _table(opened, f"{form.description}; {source}", found),
+        as_json=as_json,
+        output=output,
     )
     for place in drawings:
         console.note(f"wrote {place}")
@@ -137,6 +160,15 @@ class ImageResult:
     width: int
     height: int
     objects: tuple[FoundObject, ...]
+
+
+def _names(bundle: Bundle, num_classes: int, file: Path | None) -> tuple[str, ...]:
+    from parnet_export.class_names import read_names, usual_names
+
+    if file is not None:
+        return read_names(file, num_classes)
+    known = bundle.class_names or usual_names(num_classes, detector=True)
+    return known or tuple(f"class {number}" for number in range(num_classes))
 
 
 def _places(images: Sequence[Path], draw: Path | None, output: Path | None) -> tuple[Path, ...]:
@@ -197,7 +229,7 @@ def _as_dict(bundle: Bundle, detector: Detector, found: Sequence[ImageResult]) -
     }
 
 
-def _table(bundle: Bundle, found: Sequence[ImageResult]) -> Table:
+def _table(bundle: Bundle, preprocessing: str, found: Sequence[ImageResult]) -> Table:
     from rich.table import Table
 
     from parnet_export.console import printable
@@ -205,7 +237,7 @@ def _table(bundle: Bundle, found: Sequence[ImageResult]) -> Table:
     table = Table(title=printable(bundle.label), title_justify="left", box=None)
     table.padding = (0, 2, 0, 0)
     table.caption_justify = "left"
-    table.caption = "Boxes in pixels of the image."
+    table.caption = f"Boxes in pixels of the image. Preprocessing: {preprocessing}."
     table.add_column("image", overflow="fold")
     table.add_column("object", overflow="fold")
     for heading in ("score", "left", "top", "right", "bottom"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from parnet_export.input_form import IMAGENET
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
     from parnet_export.detection_form import AnchorLevel
+    from parnet_export.input_form import InputForm
     from parnet_export.network import Level
 
 Origin = Literal["official", "reconstruction"]
@@ -106,6 +109,9 @@ class Family:
     untold
         Fields of the configuration that tensors do not tell: `restore` assumes them, and
         a catalogue name that a checkpoint is said to be decides.
+    input_form
+        How its authors prepare pictures: for a detector, or for ImageNet's 1000 classes.
+        For other classes it is not known.
     """
 
     key: str
@@ -123,3 +129,4 @@ class Family:
     output_names: tuple[str, ...] = ("logits",)
     anchor_levels: tuple[AnchorLevel, ...] = ()
     untold: tuple[str, ...] = ()
+    input_form: InputForm = IMAGENET

@@ -24,7 +24,8 @@ class ImplicitVector(nn.Module):
 
     def __init__(self, channels: int, mean: float) -> None:
         super().__init__()
-        self.implicit = nn.Parameter(mean + 0.02 * torch.randn(1, channels, 1, 1))
+        self.implicit = nn.Parameter(torch.empty(1, channels, 1, 1))
+        nn.init.normal_(self.implicit, mean, 0.02)
 
 
 class ImplicitHead(nn.Module):

@@ -5,8 +5,10 @@ The wide networks are the baselines of ParNet's table 8, reconstructed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from parnet_export.input_form import IMAGENET
 from parnet_export.models.family import Entry, Family, Restored
 from parnet_export.models.resnet import (
     FusedResNet,
@@ -130,4 +132,6 @@ FAMILY = Family(
             WIDE_SSE_CHOICES,
         ),
     ),
+    # As torchvision, whose names and layout the family has, evaluates its weights.
+    input_form=replace(IMAGENET, interpolation="bilinear"),
 )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from parnet_export import cli, console
+from parnet_export.bundle import open_bundle
+from parnet_export.class_names import imagenet_names
+from parnet_export.input_form import IMAGENET, LETTERBOX, decode_form
 from parnet_export.models.catalog import CATALOG
+from parnet_export.models.parnet import ParNetConfig
 from parnet_export.network import Network
-from parnet_export.pipeline import export_graph, make_bundle
+from parnet_export.pipeline import export_graph, make_bundle, read_graph
 from parnet_export.source import load_network
 
 DIGITS = ["--crop", "1", "--mean", "0.305", "--std", "0.324", "--interpolation", "bilinear"]
@@ -99,6 +105,104 @@ def test_the_table_shows_classes_and_how_pictures_were_prepared(classify, bundle
     assert "0.305/0.305/0.305" in out
 
 
+@pytest.fixture(scope="module")
+def stated(tmp_path_factory, checkpoint, root):
+    """A bundle of a network whose preprocessing and labels were told to ``fuse``."""
+    folder = tmp_path_factory.mktemp("stated")
+    fused, path = folder / "digits.fused.safetensors", folder / "digits.bundle"
+    labels = root / "examples" / "digits" / "labels.txt"
+    for command in (
+        ["fuse", "--ckpt", checkpoint, "--out", fused, *DIGITS, "--labels", labels],
+        ["split-streams", fused, "--out", path, "--batch", "2", "--no-verify"],
+    ):
+        assert console.run(cli.app, list(map(str, command))) == 0
+    return path
+
+
+def test_what_fuse_was_told_classifies_without_options(classify, stated, bundle, pictures, digits):
+    code, out, err = classify(*pictures, "--bundle", stated, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    first = [row["predictions"][0] for row in result["images"]]
+    shown = [digits.target[int(path.stem)] for path in pictures]
+    assert [prediction["number"] for prediction in first] == shown
+    assert [prediction["label"] for prediction in first] == [NAMES[digit] for digit in shown]
+    used = result["preprocessing"]
+    assert (used["crop"], used["mean"], used["std"]) == (1.0, [0.305] * 3, [0.324] * 3)
+    assert (used["resolution"], used["interpolation"]) == (32, "bilinear")
+    assert used["source"] == "as the bundle states"
+    # The same pictures through the options of classify.
+    _, by_options, _ = classify(*pictures, "--bundle", bundle, *DIGITS, "--json")
+    for row, other in zip(result["images"], json.loads(by_options)["images"], strict=True):
+        pairs = zip(row["predictions"], other["predictions"], strict=True)
+        assert all(a["number"] == b["number"] for a, b in pairs)
+
+
+def test_preprocessing_and_names_go_from_graph_to_bundle(stated, tmp_path):
+    manifest = open_bundle(stated).manifest
+    whole = onnx.load(open_bundle(stated).whole_path, load_external_data=False)
+    metadata = {entry.key: entry.value for entry in whole.metadata_props}
+    assert decode_form(metadata["parnet.preprocessing"]) == manifest.provenance.input_form
+    again = tmp_path / "again.bundle"
+    labels = tmp_path / "few.txt"
+    labels.write_text("\n".join(name.upper() for name in NAMES))
+    command = ["split-streams", stated / manifest.whole, "--out", again, "--no-verify"]
+    options = ["--labels", labels, "--std", "0.3"]
+    assert console.run(cli.app, list(map(str, [*command, *options]))) == 0
+    opened = open_bundle(again)
+    expected = replace(manifest.provenance.input_form, std=(0.3,) * 3)
+    assert opened.manifest.provenance.input_form == expected
+    assert opened.class_names == tuple(name.upper() for name in NAMES)
+    labels.write_text("one\n")
+    assert console.run(cli.app, list(map(str, [*command, *options]))) == 2
+    assert open_bundle(again).manifest == opened.manifest
+
+
+def test_options_replace_what_the_bundle_states_and_it_says_so(classify, stated, pictures):
+    code, out, err = classify(pictures[0], "--bundle", stated, "--mean", "0.9", "--json")
+    assert (code, err) == (0, "")
+    used = json.loads(out)["preprocessing"]
+    assert (used["mean"], used["std"]) == ([0.9] * 3, [0.324] * 3)
+    assert used["source"] == "as the bundle states, but for --mean"
+
+
+def test_a_bundle_that_states_nothing_gets_imagenets_and_says_so(classify, bundle, pictures):
+    code, out, err = classify(pictures[0], "--bundle", bundle)
+    assert code == 0
+    shown = " ".join(out.split())
+    assert "resized to 36: crop 0.875, bicubic" in shown
+    assert "ImageNet's, as the bundle states none." in shown
+    assert "states no preprocessing, so ParNet's for ImageNet is assumed" in " ".join(err.split())
+    assert "zero" not in out
+
+
+def test_a_network_of_1000_classes_names_imagenets(classify, pictures, tmp_path, make_parnet):
+    config = ParNetConfig((4, 8, 12), (1, 1, 1), 16, num_classes=1000)
+    checkpoint = tmp_path / "small.pth"
+    torch.save(make_parnet(config).state_dict(), checkpoint)
+    network = load_network(checkpoint)
+    assert network.provenance.input_form == IMAGENET
+    model, provenance = export_graph(network, resolution=32, batch=1)
+    for kind, labels in (("usual", ()), ("own", tuple(f"thing {i}" for i in range(1000)))):
+        path = tmp_path / kind
+        make_bundle(model, provenance, path, prove=False, labels=labels)
+        code, out, err = classify(pictures[0], "--bundle", path, "--json")
+        assert (code, err) == (0, "")
+        (row,) = json.loads(out)["images"]
+        names = labels or imagenet_names()
+        assert len(row["predictions"]) == 5
+        assert all(p["label"] == names[p["number"]] for p in row["predictions"])
+
+
+def test_a_bundle_that_letterboxes_is_no_classifiers(classify, bundle, pictures, tmp_path):
+    model, provenance = read_graph(open_bundle(bundle).whole_path)
+    path = tmp_path / "boxed"
+    make_bundle(model, replace(provenance, input_form=LETTERBOX), path, prove=False)
+    code, _, err = classify(pictures[0], "--bundle", path)
+    assert code == 2
+    assert "prepares pictures as a letterbox" in err
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -124,7 +228,7 @@ def test_labels_of_another_number_and_broken_pictures_are_refused(
     labels.write_text("zero\none\n")
     code, _, err = classify(pictures[0], "--bundle", bundle, "--labels", labels)
     assert code == 2
-    assert "has 2 lines, but the network knows 10 classes" in err
+    assert "has 2 names, and the network 10 classes" in err
     broken = tmp_path / "broken.png"
     broken.write_bytes(pictures[0].read_bytes()[:60])
     output = tmp_path / "out.json"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from parnet_export.class_names import COCO_NAMES
 from parnet_export.detection_form import AnchorLevel, DetectionOutput, Suppression
 from parnet_export.errors import InputError
 from parnet_export.export import export_onnx
+from parnet_export.input_form import IMAGENET, LETTERBOX
 from parnet_export.models.batch_norm import randomise_batch_norm
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.models.suppressed_detector import SuppressedDetector
@@ -238,12 +240,68 @@ def test_bad_input_is_one_message_and_leaves_everything_as_it_was(
     assert not list(tmp_path.glob("folder/*"))
 
 
+def test_images_are_prepared_as_the_bundle_says(run, drawn, tmp_path, names):
+    """A network that takes colours from -1 to 1, blue first, finds what the plain one does."""
+    plain = ColourDetector().eval()
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = plain
+
+        def forward(self, images):
+            return self.plain((images * 0.5 + 0.5).flip(1))
+
+    model = export_onnx(
+        Shifted().eval(), resolution=PIXELS, batch=1, name="s", output_names=("fine", "coarse")
+    )
+    output = DetectionOutput("raw", LEVELS, 3)
+    form = replace(LETTERBOX, mean=(0.5,) * 3, std=(0.5,) * 3, colour_order="BGR")
+    boxes = {}
+    for kind, stated in (("stated", form), ("unstated", None)):
+        provenance = Provenance("shifted", "test", detections=output, input_form=stated)
+        labels = NAMES if stated else ()
+        make_bundle(model, provenance, tmp_path / kind, prove=False, labels=labels)
+        ran = run("detect", drawn, "--bundle", tmp_path / kind, "--json")
+        assert ran.exit_code == 0, ran.err
+        boxes[kind] = json.loads(ran.out)
+    check_objects(boxes["stated"]["images"][0]["objects"])
+    assert boxes["stated"]["preprocessing"]["colour_order"] == "BGR"
+    assert boxes["unstated"]["preprocessing"]["mean"] == [0, 0, 0]
+    assert len(boxes["unstated"]["images"][0]["objects"]) != len(OBJECTS)
+    options = ("--mean", 0.5, "--std", 0.5, "--colour-order", "BGR")
+    ran = run("detect", drawn, "--bundle", tmp_path / "unstated", *options, "--json")
+    by_options = json.loads(ran.out)
+    found = [thing["box"] for thing in by_options["images"][0]["objects"]]
+    assert found == [thing["box"] for thing in boxes["stated"]["images"][0]["objects"]]
+    used = by_options["preprocessing"]
+    assert used["source"].endswith("states none, but for --mean, --std, --colour-order")
+    ran = run("detect", drawn, "--bundle", tmp_path / "unstated", "--std", 0)
+    assert (ran.exit_code, ran.out) == (2, "")
+    assert "standard deviations above 0" in ran.err
+    shown = " ".join(run("detect", drawn, "--bundle", tmp_path / "stated").out.split())
+    assert "BGR, mean 0.5/0.5/0.5, std 0.5/0.5/0.5; as the bundle states." in shown
+    shown = " ".join(run("detect", drawn, "--bundle", tmp_path / "unstated").out.split())
+    assert "YOLOv4-CSP's, as the bundle states none." in shown
+
+
+def test_a_bundle_whose_images_are_cropped_is_refused(tmp_path):
+    model = export_onnx(
+        ColourDetector().eval(), resolution=PIXELS, batch=1, name="c", output_names=("a", "b")
+    )
+    output = DetectionOutput("raw", LEVELS, 3)
+    provenance = Provenance("cropped", "test", detections=output, input_form=IMAGENET)
+    make_bundle(model, provenance, tmp_path / "c", prove=False)
+    with pytest.raises(InputError, match="prepares its images as a crop"):
+        Detector.open(open_bundle(tmp_path / "c"))
+
+
 def test_names_of_another_number_of_classes_are_refused(run, bundles, drawn, tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("one\ntwo\n")
     ran = run("detect", drawn, "--bundle", bundles / "raw", "--classes", few)
     assert ran.exit_code == 2
-    assert "has 2 names, and the detector 3 classes" in ran.err
+    assert "has 2 names, and the network 3 classes" in ran.err
 
 
 def test_a_bundle_of_another_network_or_of_several_images_is_refused(
@@ -278,6 +336,7 @@ def test_a_detector_of_the_catalogue_goes_all_the_way(run, drawn, tmp_path):
     nms = ("--detections", "nms", "--score-threshold", 0.3, "--max-detections", 7)
     ran = run("split-streams", checkpoint, "--resolution", 64, *nms, "--out", bundle)
     assert ran.exit_code == 0, ran.err
+    assert open_bundle(bundle).manifest.provenance.input_form == LETTERBOX
     output = open_bundle(bundle).manifest.provenance.detections
     assert output.suppression == Suppression(0.3, 0.5, 7)
     assert "at most 7 objects of scores above 0.3" in run("inspect", bundle).out

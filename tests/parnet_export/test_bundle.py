@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -83,6 +84,39 @@ def test_a_bundle_reads_back_as_it_was_written(tmp_path):
     assert read.stream_graph.predecessors == {"stem": (), "head": ("stem",)}
     assert read.label == "tiny (random weights)"
     assert set(read.manifest.files) | {MANIFEST_NAME} == names_in(tmp_path / "b")
+
+
+def test_class_names_are_a_file_of_the_bundle(tmp_path):
+    assert write(tmp_path / "b").class_names == ()
+    with BundleWriter(tmp_path / "b") as writer:
+        earlier = open_bundle(tmp_path / "b").manifest
+        for name in earlier.files:
+            stem, _, suffix = name.rpartition("-")[0], "", name[name.rindex(".") :]
+            writer.add_bytes(stem, suffix, (tmp_path / "b" / name).read_bytes())
+        labels = writer.add_bytes("labels", ".txt", "tench\nKaffeekanne ä, groß\n".encode())
+        writer.commit(replace(earlier, labels=labels))
+    read = open_bundle(tmp_path / "b")
+    assert read.class_names == ("tench", "Kaffeekanne ä, groß")
+    (tmp_path / "b" / labels).write_text("goldfish\nKaffeekanne ä, groß\n")
+    with pytest.raises(InputError, match="its digest differs"):
+        open_bundle(tmp_path / "b")
+    (tmp_path / "b" / labels).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        open_bundle(tmp_path / "b")
+
+
+def test_a_manifest_of_before_preprocessing_and_names_is_read(tmp_path):
+    write(tmp_path / "b")
+    content = json.loads((tmp_path / "b" / MANIFEST_NAME).read_text())
+    del content["labels"]
+    del content["provenance"]["input_form"]
+    content["manifest_sha256"] = "0" * 64
+    text = json.dumps(content, indent=2).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (tmp_path / "b" / MANIFEST_NAME).write_bytes(text.replace(b"0" * 64, digest))
+    read = open_bundle(tmp_path / "b")
+    assert read.manifest.provenance.input_form is None
+    assert read.class_names == ()
 
 
 def test_the_same_content_gives_the_same_files(tmp_path):

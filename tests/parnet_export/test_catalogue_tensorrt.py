@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parnet_export.checkpoint import write_safetensors
-from parnet_export.models.catalog import FAMILIES
+from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.models.parnet_ensemble import EnsembleConfig
 from parnet_export.models.resnet import ResNetConfig
@@ -30,6 +30,8 @@ NETWORKS = {
     ),
 }
 
+REAL = ("parnet-s", "parnet-m-one-stream-x2", "resnet18", "seqresnet-b-k16r7")
+
 
 @pytest.fixture(scope="module")
 def trt():
@@ -38,14 +40,36 @@ def trt():
     )
 
 
+def test_every_family_is_built():
+    """Of detectors see test_detectors_tensorrt.py, which also builds their boxes."""
+    classifiers = {key for key, family in FAMILIES.items() if not family.anchor_levels}
+    assert {key for key, _ in NETWORKS.values()} == classifiers
+    assert {CATALOG[name][0].key for name in REAL} == classifiers
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_graph_in_half_precision_is_parsed_and_built(trt, kind, tmp_path):
     key, config = NETWORKS[kind]
     torch.manual_seed(0)
     path = tmp_path / "network.safetensors"
     write_safetensors(path, FAMILIES[key].build(config, "none", ()).state_dict(), {})
-    model, provenance = export_graph(load_network(path), resolution=64, batch=1)
-    bundle, _ = make_bundle(model, provenance, tmp_path / "a.bundle", precision="fp16", prove=False)
+    engine = _build(trt, load_network(path), 64, tmp_path / "a.bundle")
+    assert engine.nbytes > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_a_network_of_each_family_is_built_in_its_real_size(trt, name, tmp_path):
+    network = load_network(name)
+    engine = _build(trt, network, network.resolution, tmp_path / "a.bundle")
+    parameters = sum(parameter.numel() for parameter in network.module.parameters())
+    assert engine.nbytes > parameters  # two bytes each, of almost all of them
+
+
+def _build(trt, network, resolution, path):
+    """Return the engine of a network in half precision."""
+    model, provenance = export_graph(network, resolution=resolution, batch=1)
+    bundle, _ = make_bundle(model, provenance, path, precision="fp16", prove=False)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flags is None else 1 << int(flags))
@@ -61,4 +85,4 @@ def test_a_graph_in_half_precision_is_parsed_and_built(trt, kind, tmp_path):
     assert {layer.get_output(0).dtype for layer in maps} == {trt.float16}
     engine = builder.build_serialized_network(network, builder.create_builder_config())
     assert engine is not None
-    assert engine.nbytes > 1000
+    return engine

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from parnet_export.census import list_catalogue, take_census
+from parnet_export.census import count_catalogue, take_census
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row.name: row for row in list_catalogue()}
+    return {row.name: row for row in count_catalogue()}
 
 
 # Counted once with the authors' code; FLOPs are two per multiply-accumulate, at 224 pixels.

@@ -223,7 +223,8 @@ def test_json_is_alone_on_standard_output_and_equals_the_written_file(cli, bundl
     assert [segment["name"] for segment in result["segments"]] == SEGMENTS
 
 
-def test_models_lists_the_catalogue(cli):
+def test_models_lists_the_catalogue(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARNET_EXPORT_CACHE", str(tmp_path))
     code, out, _ = cli("models")
     assert code == 0
     code, as_json, _ = cli("models", "--json")

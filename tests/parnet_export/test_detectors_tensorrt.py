@@ -10,7 +10,7 @@ from torch import nn
 
 from parnet_export.detection_form import Suppression
 from parnet_export.export import export_onnx
-from parnet_export.models.catalog import CATALOG
+from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.parnet_detector import ParNetDetectorConfig
 from parnet_export.models.suppressed_detector import SuppressedDetector
 from parnet_export.models.yolov4_csp_layers import LEVELS, YOLOv4CSPConfig
@@ -72,6 +72,11 @@ def make(monkeypatch, tmp_path):
 
 YOLO = ("yolov4-csp", YOLOv4CSPConfig(width=4, num_classes=3))
 CSP = ("parnet-xl-csp-det", replace(PARNET, partial=True))
+
+
+def test_every_family_of_detectors_is_built():
+    detectors = {key for key, family in FAMILIES.items() if family.anchor_levels}
+    assert {CATALOG[name][0].key for name, _ in (YOLO, CSP)} == detectors
 
 
 @pytest.mark.parametrize(

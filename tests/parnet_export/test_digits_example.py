@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from parnet_export import cli, console
@@ -22,7 +23,7 @@ from parnet_export.source import load_network
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
 CHECKPOINT = EXAMPLE / "digits.pth.tar"
-MODULES = ("dataset", "train", "evaluate")
+MODULES = ("dataset", "train", "evaluate", "pictures")
 
 # Of the places of the test images. Another split would test on images trained on.
 TEST_SPLIT_SHA256 = "a18a99c68d6d634f466a1043abdea6f85b1af3f0a63da33ca9bc39d1e71b5e34"
@@ -109,6 +110,18 @@ def test_images_are_normalised_and_show_the_digits_of_their_labels(example):
     both = torch.stack([small.flatten(1).double(), original], 1)
     assert all(float(torch.corrcoef(pair)[0, 1]) > 0.95 for pair in both)
     assert test.labels.tolist() == source.target[places].tolist()
+
+
+def test_test_images_can_be_had_as_files(example, tmp_path):
+    folder = tmp_path / "pictures"
+    assert console.run(example.pictures.app, [str(folder), "--count", "3"]) == 0
+    _, places = example.dataset.split_indices(load_digits().target)
+    written = {int(file.stem.split("-")[1]): file for file in folder.iterdir()}
+    assert set(written) == set(places[:3].tolist())
+    for place, file in written.items():
+        assert file.name.startswith(f"{load_digits().target[place]}-")
+        grey = np.asarray(Image.open(file)).astype(np.float64)
+        assert abs(grey / 255 * 16 - load_digits().images[place]).max() < 0.04
 
 
 # --------------------------------------------------------------------------- checkpoint

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parnet_export.input_form import IMAGENET, LETTERBOX
 from parnet_export.letterbox import Letterbox
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
@@ -75,3 +78,16 @@ def test_channels_keep_their_order():
     image[:] = (255, 51, 0)
     planes = Letterbox.fit((4, 4), (8, 8)).apply(image)
     assert planes[0, :, 3, 3].tolist() == pytest.approx([1, 0.2, 0])
+
+
+def test_a_network_may_want_another_canvas_and_other_channels():
+    image = np.zeros((2, 4, 3), np.uint8)
+    image[:] = (255, 51, 0)
+    form = replace(
+        LETTERBOX, padding=0, mean=(0.5, 0.0, 0.0), std=(0.5, 1.0, 2.0), colour_order="BGR"
+    )
+    planes = Letterbox.fit((4, 2), (8, 8)).apply(image, form)
+    assert planes[0, :, 3, 3].tolist() == pytest.approx([-1, 0.2, 0.5])
+    assert planes[0, :, 0, 0].tolist() == pytest.approx([-1, 0, 0])
+    with pytest.raises(ValueError, match="is prepared as a crop"):
+        Letterbox.fit((4, 2), (8, 8)).apply(image, IMAGENET)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,8 +14,9 @@ from parnet_export.bundle import Provenance, open_bundle
 from parnet_export.errors import InputError
 from parnet_export.export import export_onnx
 from parnet_export.fuse import fuse
+from parnet_export.input_form import INPUT_FORM_KEY, LETTERBOX, encode_form
 from parnet_export.models.parnet import ParNetConfig
-from parnet_export.pipeline import beside, export_graph, make_bundle, read_graph
+from parnet_export.pipeline import beside, count_classes, export_graph, make_bundle, read_graph
 from parnet_export.source import load_network
 
 SEGMENTS = ("stem1", "stem2", "stream1", "stream2", "stream3", "fusion", "head")
@@ -206,3 +209,36 @@ def test_a_resolution_fixes_what_an_onnx_file_leaves_free(tmp_path):
     onnx.save(onnx.load(bundle.whole_path), tmp_path / "fixed.onnx")
     with pytest.raises(InputError, match="whose height and width are fixed"):
         read_graph(tmp_path / "fixed.onnx", resolution=48)
+
+
+def _one_layer(path, shape, metadata=None):
+    """Write a graph that gives a tensor of a shape for one image."""
+    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)]
+    image = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])], "one", [image], outputs
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+    return path
+
+
+def test_the_preprocessing_in_a_graphs_metadata_is_read(tmp_path):
+    assert read_graph(_one_layer(tmp_path / "a.onnx", [1, 3]))[1].input_form is None
+    form = replace(LETTERBOX, padding=0)
+    stated = _one_layer(tmp_path / "b.onnx", [1, 3], {INPUT_FORM_KEY: encode_form(form)})
+    assert read_graph(stated)[1].input_form == form
+    for damage in ("{", '{"crop": 7}', '{"mean": [1, 2]}'):
+        damaged = _one_layer(tmp_path / "c.onnx", [1, 3], {INPUT_FORM_KEY: damage})
+        with pytest.raises(InputError, match=r"c\.onnx: has a damaged description"):
+            read_graph(damaged)
+
+
+def test_classes_are_counted_where_there_are_any(tmp_path):
+    assert count_classes(read_graph(_one_layer(tmp_path / "a.onnx", ["n", 7]))[0]) == 7
+    for shape in ([1, 3, 8, 8], [1, "classes"]):
+        model, _ = read_graph(_one_layer(tmp_path / "b.onnx", shape))
+        with pytest.raises(InputError, match="no classifier with a known number of classes"):
+            count_classes(model)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from parnet_export.checkpoint import write_safetensors
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse_network
+from parnet_export.input_form import IMAGENET, InputForm
+from parnet_export.models.catalog import CATALOG
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.network import HEADER_KEY, Header
 from parnet_export.source import load_network, name_of_file
@@ -48,6 +52,56 @@ def test_an_official_checkpoint_loads_with_its_structure_read_off(official_file,
         assert network.provenance.weights == "trained"
         assert network.provenance.activation.startswith("silu (detected: ")
         assert torch.equal(network.module(image), make_parnet(SMALL, seed=seed)(image))
+
+
+def test_an_official_checkpoint_of_imagenet_is_prepared_for_as_its_authors_do(
+    tmp_path, make_parnet
+):
+    for classes, expected in ((1000, IMAGENET), (10, None)):
+        path = tmp_path / f"{classes}.pth"
+        torch.save(make_parnet(replace(SMALL, num_classes=classes)).state_dict(), path)
+        assert load_network(path).provenance.input_form == expected
+
+
+def test_training_arguments_say_how_pictures_are_prepared(official_file, tmp_path):
+    content = torch.load(official_file, weights_only=False)
+    content["args"].mean, content["args"].crop_pct = [0.5, 0.4, 0.3], 0.95
+    torch.save(content, official_file)
+    network = load_network(official_file)
+    expected = InputForm(crop=0.95, mean=(0.5, 0.4, 0.3))
+    assert network.provenance.input_form == expected
+    path = tmp_path / "fused.safetensors"
+    named = replace(network, labels=tuple("abcdefghij"))
+    fused = fuse_network(named, "full")
+    write_safetensors(path, fused.module.state_dict(), Header.of(fused).encode())
+    again = load_network(path)
+    assert again.provenance.input_form == expected
+    assert again.labels == tuple("abcdefghij")
+
+
+def test_a_fused_file_of_before_preprocessing_is_read(official_file, tmp_path):
+    fused = fuse_network(load_network(official_file), "full")
+    header = json.loads(Header.of(fused).encode()[HEADER_KEY])
+    del header["labels"]
+    del header["provenance"]["input_form"]
+    path = tmp_path / "old.safetensors"
+    write_safetensors(path, fused.module.state_dict(), {HEADER_KEY: json.dumps(header)})
+    assert load_network(path).provenance.input_form is None
+    assert load_network(path).labels == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "fit", "interpolation"),
+    [
+        ("parnet-s", "crop", "bicubic"),
+        ("resnet18", "crop", "bilinear"),
+        ("yolov4-csp", "letterbox", "bilinear"),
+        ("parnet-xl-det", "letterbox", "bilinear"),
+    ],
+)
+def test_families_have_the_preprocessing_of_their_authors(name, fit, interpolation):
+    family, _ = CATALOG[name]
+    assert (family.input_form.fit, family.input_form.interpolation) == (fit, interpolation)
 
 
 def test_the_activation_can_be_given(official_file):
