@@ -199,7 +199,7 @@ def test_options_of_scenarios_are_refused_without_one(run, option):
 def test_every_option_of_latency_applies_in_rounds_in_scenarios_or_in_both():
     known = {parameter.name for parameter in get_command(app).commands["latency"].params}
     rows = {"targets", "devices", "task", "ckpt", "arch", "activation", "use_ema", "baseline"}
-    rows |= {"batch", "resolution", "precision", "plan", "lanes", "threads", "seed"}
+    rows |= {"batch", "resolution", "precision", "plan", "lanes", "threads", "seed", "boundary"}
     shown = {"as_json", "output", "help"}
     assert set(OF_ROUNDS) == set(latency_command._OF_ROUNDS)
     of_scenarios = {"scenario", *latency_command._OF_SCENARIOS}

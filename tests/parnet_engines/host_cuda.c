@@ -75,6 +75,12 @@ static int get_attribute(int *value, int attribute, int device) {
     return OK;
 }
 static int total_memory(size_t *bytes, int device) { (void)device; *bytes = 1ul << 33; return OK; }
+static int memory_info(size_t *unused, size_t *total) {
+    *unused = *total = 1ul << 33;
+    for (int i = 0; i < MAX; i++)
+        if (blocks[i].at && blocks[i].device == current()) *unused -= blocks[i].bytes;
+    return depth ? OK : INVALID_CONTEXT;
+}
 static int retain(uintptr_t *context, int device) {
     retained[device]++;
     *context = context_of(device);
@@ -251,7 +257,8 @@ static int error_string(int error, const char **text) {
 static const struct { const char *name; void *function; } table[] = {
     {"cuInit", init}, {"cuDeviceGetCount", get_count}, {"cuDeviceGet", get_device},
     {"cuDeviceGetName", get_name}, {"cuDeviceGetAttribute", get_attribute},
-    {"cuDeviceTotalMem", total_memory}, {"cuDevicePrimaryCtxRetain", retain},
+    {"cuDeviceTotalMem", total_memory}, {"cuMemGetInfo", memory_info},
+    {"cuDevicePrimaryCtxRetain", retain},
     {"cuDevicePrimaryCtxRelease", release}, {"cuCtxPushCurrent", push}, {"cuCtxSetCurrent", set},
     {"cuCtxPopCurrent", pop}, {"cuDeviceCanAccessPeer", can_access},
     {"cuCtxEnablePeerAccess", enable_peer}, {"cuCtxGetStreamPriorityRange", priorities},

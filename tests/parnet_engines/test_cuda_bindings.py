@@ -32,6 +32,7 @@ CALLS = {
     "record_event": (EVENT, STREAM),
     "wait_event": (STREAM, EVENT),
     "elapsed_ms": (0, EVENT, EVENT),
+    "free_bytes": (0,),
     "allocate": (0, BYTES),
     "free": (0, ADDRESS),
     "allocate_pinned": (0, BYTES),

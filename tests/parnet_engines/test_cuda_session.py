@@ -480,7 +480,8 @@ def test_resident_inputs_are_copied_once_and_then_nothing_is(driver, in_flight):
         assert launches_and_copies(driver, before) == ["launch"] * 2 * in_flight
         for slot in session._slots:
             (host,) = slot.hosts.values()
-            np.testing.assert_array_equal(host.read(host._interface[1]), expected(X))
+            (output,) = host._program.outputs
+            np.testing.assert_array_equal(host.read(output), expected(X))
         np.testing.assert_array_equal(session.run({"image": X + 1})["logits"], expected(X + 1))
     assert driver.open_resources == {"contexts": 2}
 

@@ -97,6 +97,7 @@ def run(devices: str, kind: str) -> dict[str, object]:
         "synchronising": {"synchronises": True},
         "limited": {"timeout_s": 60.0},
         "in place": {},
+        "resident": {},
         "refused": {},
     }[kind]
     images = np.random.default_rng(0).standard_normal((5, 4, 8)).astype(np.float32)
@@ -105,6 +106,8 @@ def run(devices: str, kind: str) -> dict[str, object]:
         for image in images:
             if kind == "in place":
                 found = run_in_place(driver, session, image)
+            elif kind == "resident":
+                found = run_resident(driver, session, image)
             else:
                 found = session.run({"image": image})
             right += all(np.array_equal(found[name], image) for name in ("right", "joined"))
@@ -147,6 +150,19 @@ def run_in_place(driver, session, image):
     return {"joined": found, "right": found}
 
 
+def run_resident(driver, session, image):
+    """Run on inputs that stay in the GPU, time the parts, and look at the GPU's memory."""
+    session.upload({"image": image})
+    session.run_resident()
+    parts = session.time_parts()
+    driver.retain_context(0)
+    taken_bytes = driver.gpus()[0].memory_bytes - driver.free_bytes(0)
+    driver.release_context(0)
+    if not parts.compute_ns > 0 < taken_bytes:
+        return {"joined": None, "right": None}
+    return session.run({"image": image})
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory, root) -> Path:
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
@@ -169,6 +185,7 @@ CASES = [
     ("0", "synchronising", "", {"mode": "enqueue"}),
     ("0", "in place", "", {"mode": "graph"}),
     ("0", "refused", "", {"mode": "graph"}),
+    ("0", "resident", "", {"mode": "graph"}),
     ("0,0,0", "plain", "", {"mode": "graph", "copies": "memory"}),
     ("0,1,2", "plain", "", {"mode": "graph", "copies": "peer"}),
     ("0,1,2", "recorded", "", {"mode": "graph", "copies": "peer"}),
