@@ -101,8 +101,11 @@ def compare(name: str, bundle: Bundle, *, budget_s: float, clock: Clock) -> Comp
     against: dict[str, Ratio] = {}
     with load(program) as session:
         for forms in _FORMS:
+            candidates: dict[str, Callable[[], object]] = {"auto": lambda: session.run(inputs)}
+            candidates |= _onnx_runtimes(bundle, inputs, forms)
             latencies_ms = run_rounds(
-                {"auto": lambda: session.run(inputs)} | _onnx_runtimes(bundle, inputs, forms),
+                candidates,
+                spinners=candidates,
                 budget_s=budget_s / len(_FORMS),
                 min_rounds=20,
                 max_rounds=400,

@@ -277,6 +277,8 @@ def _compare(
     """Return the trials with what they took in new rounds."""
     rounds_ms = run_rounds(
         {trial.name: runs[trial.name] for trial in trials},
+        # A session of one lane has the machine to itself, and its threads wait for work awake.
+        spinners=[t.name for t in trials if t.is_whole and lane_threads(t.placement.lanes[0]) > 1],
         budget_s=budget_s,
         min_rounds=min_rounds,
         max_rounds=max_rounds,

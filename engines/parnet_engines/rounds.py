@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from parnet_engines.clock import Clock
 
@@ -28,7 +28,14 @@ _MAX_RUNS = 20
 """A turn has no more runs than this."""
 
 _PAUSE_MS = 2.0
-"""Pause before a turn, in which the threads of the candidate before go to sleep."""
+"""Pause after a turn, in which the threads of the candidate go to sleep."""
+
+_PAUSE_OF_SPINNERS_MS = 60.0
+"""Pause after a turn of a candidate whose threads look for work before they go to sleep.
+
+Those of ONNX Runtime do so for 28 ms on a 2-core Xeon, and would take a core from whoever is
+next.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,7 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Rati
 def run_rounds(
     candidates: Mapping[str, Callable[[], object]],
     *,
+    spinners: Collection[str] = (),
     budget_s: float,
     min_rounds: int,
     max_rounds: int,
@@ -96,6 +104,8 @@ def run_rounds(
     ----------
     candidates
         What to run, by name.
+    spinners
+        Those whose threads keep their cores for a while after a run.
     budget_s
         Seconds that the rounds may take together, as far as `min_rounds` allow.
     min_rounds, max_rounds
@@ -111,18 +121,23 @@ def run_rounds(
         run()
         latency_ms = max(_timed_ms(run, clock), 1e-6)
         runs[name] = max(1, min(_MAX_RUNS, round(_TURN_MS / latency_ms)))
-        round_ms += _PAUSE_MS + (runs[name] + 1) * latency_ms
+        round_ms += _pause_ms(name, spinners) + (runs[name] + 1) * latency_ms
     count = max(min_rounds, min(max_rounds, int(budget_s * 1000 / round_ms)))
     found: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
+    clock.sleep_until(clock.now_ns() + round(_PAUSE_OF_SPINNERS_MS * 1e6))
     for _ in range(count):
         order.shuffle(names)
         for name in names:
-            clock.sleep_until(clock.now_ns() + round(_PAUSE_MS * 1e6))
             candidates[name]()
             latencies_ms = [_timed_ms(candidates[name], clock) for _ in range(runs[name])]
             found[name].append(median(latencies_ms))
+            clock.sleep_until(clock.now_ns() + round(_pause_ms(name, spinners) * 1e6))
     return {name: tuple(latencies_ms) for name, latencies_ms in found.items()}
+
+
+def _pause_ms(name: str, spinners: Collection[str]) -> float:
+    return _PAUSE_OF_SPINNERS_MS if name in spinners else _PAUSE_MS
 
 
 def _timed_ms(run: Callable[[], object], clock: Clock) -> float:

@@ -95,6 +95,25 @@ def test_every_round_has_a_turn_of_each_candidate_in_random_order():
     assert len(turns) > count
 
 
+def test_threads_that_wait_awake_are_asleep_before_the_next_turn():
+    candidates = Candidates(a=1, b=1)
+    ends_ms = {}
+    pauses = {"a": [], "b": []}
+    runs = dict(candidates.runs)
+
+    def watched(name):
+        for earlier, end_ms in ends_ms.items():
+            pauses[earlier].append(candidates.clock.now_ns() / 1e6 - end_ms)
+        ends_ms.clear()
+        runs[name]()
+        ends_ms[name] = candidates.clock.now_ns() / 1e6
+
+    candidates.runs = {name: lambda n=name: watched(n) for name in runs}
+    candidates.rounds(spinners=["b"])
+    assert max(pauses["a"][4:]) < 10  # the first runs only tell how many there will be
+    assert max(pauses["b"]) > 50
+
+
 @pytest.mark.parametrize(
     ("latency_ms", "budget_s", "rounds"),
     [(10, 1.0, 45), (10, 0.001, 3), (0.01, 60, 50), (1000, 1.0, 3)],
