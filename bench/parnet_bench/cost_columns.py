@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from parnet_bench.peaks import achieved
-from parnet_bench.row_peaks import peaks_for
+from parnet_bench.peaks import DEFAULT_PRECISION, achieved
+from parnet_engines.cuda_devices import names_gpus
 from parnet_export.console import format_bytes, format_count, format_ms, format_percent
 
 if TYPE_CHECKING:
@@ -185,3 +185,13 @@ def _share(share: float | None) -> Cell:
     if share is None:
         return Cell(NONE)
     return Cell(format_percent(share), min(100.0, round(100 * share, 1)))
+
+
+def peaks_for(result: Result, row: Row) -> Peaks | None:
+    """Return the peaks of the row's GPUs, or of as many threads as it had."""
+    description = row.description
+    if not names_gpus(description.devices):
+        threads = len(description.cores)
+        return next((p for p in result.peaks if not p.devices and p.threads == threads), None)
+    wanted = (description.devices, description.precision or DEFAULT_PRECISION)
+    return next((p for p in result.peaks if (p.devices, p.precision) == wanted), None)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from parnet_bench.peaks import Peaks
-    from parnet_bench.result import Result, Row, RowDescription
+    from parnet_bench.result import RowDescription
 
 
 def measure_row_peaks(rows: Iterable[RowDescription]) -> tuple[Peaks, ...]:
@@ -29,13 +29,3 @@ def measure_row_peaks(rows: Iterable[RowDescription]) -> tuple[Peaks, ...]:
         (row.devices, row.precision or DEFAULT_PRECISION) for row in rows if names_gpus(row.devices)
     )
     return (*map(measure_peaks, cores), *(measure_gpu_peaks(*one) for one in gpus))
-
-
-def peaks_for(result: Result, row: Row) -> Peaks | None:
-    """Return the peaks of the row's GPUs, or of as many threads as it had."""
-    description = row.description
-    if not names_gpus(description.devices):
-        threads = len(description.cores)
-        return next((p for p in result.peaks if not p.devices and p.threads == threads), None)
-    wanted = (description.devices, description.precision or DEFAULT_PRECISION)
-    return next((p for p in result.peaks if (p.devices, p.precision) == wanted), None)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from parnet_bench import gpu_peaks, row_peaks
-from parnet_bench.cost_columns import costs_of, remarks_on_costs
+from parnet_bench.cost_columns import costs_of, peaks_for, remarks_on_costs
 from parnet_bench.gpu_peaks import copy_bytes_per_s, matmul_flops_per_s, measure_gpu_peaks, probe
 from parnet_bench.peaks import Peaks
-from parnet_bench.row_peaks import measure_row_peaks, peaks_for
+from parnet_bench.row_peaks import measure_row_peaks
 from parnet_bench.summary import summarise
 from parnet_engines.recording_driver import RecordingDriver
 from parnet_export.errors import ParnetError
