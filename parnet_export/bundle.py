@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Literal, Self
 import msgspec
 
 from parnet_export import files
-from parnet_export.detection_form import (
+from parnet_export.detections.detection_form import (
     DetectionOutput,  # noqa: TC001 - msgspec reads annotations at run time
 )
 from parnet_export.errors import InputError, name_some
-from parnet_export.input_form import (
+from parnet_export.images.input_form import (
     InputForm,  # noqa: TC001 - msgspec reads annotations at run time
 )
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec

@@ -16,7 +16,7 @@ import typer
 from parnet_engines import cli as engines_cli
 from parnet_export import console, files, models_command
 from parnet_export.errors import InputError
-from parnet_export.input_options import (
+from parnet_export.images.input_options import (
     ColourOrderOption,
     CropOption,
     InputOptions,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from parnet_export.bundle import Provenance
-    from parnet_export.detection_form import Suppression
+    from parnet_export.detections.detection_form import Suppression
     from parnet_export.inspection import Inspection
 
 app = typer.Typer(
@@ -87,7 +87,7 @@ def fuse(
     colour_order: ColourOrderOption = None,
 ) -> None:
     """Fuse a trained network into its inference form, prove it equal, and write it."""
-    from parnet_export.checkpoint import write_safetensors
+    from parnet_export.checkpoints.checkpoint import write_safetensors
     from parnet_export.network import Header
     from parnet_export.pipeline import beside, describe_pictures, fuse_and_prove
     from parnet_export.source import load_network
@@ -217,9 +217,9 @@ def split_streams(
 ) -> None:
     """Export a network to ONNX, split it into segments, and write them as a bundle."""
     from parnet_export import inspection, pipeline
-    from parnet_export.class_names import read_names
+    from parnet_export.images.class_names import read_names
     from parnet_export.source import load_network
-    from parnet_export.split import SplitOptions
+    from parnet_export.splitting.split import SplitOptions
 
     images = _parse_batch(batch)
     path = out or pipeline.beside(source, ".bundle")
@@ -297,8 +297,9 @@ def inspect_bundle(
     output: Output = None,
 ) -> None:
     """Show the segments of a bundle, their cost, and what running them in parallel can gain."""
-    from parnet_export import inspection, picture
+    from parnet_export import inspection
     from parnet_export.bundle import open_bundle
+    from parnet_export.pictures import picture
 
     _check_places(str(bundle), {"--svg": svg, "--output": output})
     opened = open_bundle(bundle)
@@ -344,7 +345,7 @@ def _parse_suppression(
     form: str | None, limits: dict[str, float | int | None]
 ) -> Suppression | None:
     """Return what ``nms`` keeps, or None for other forms, which take no limits."""
-    from parnet_export.detection_form import Suppression
+    from parnet_export.detections.detection_form import Suppression
 
     given = [option for option, value in limits.items() if value is not None]
     if form != "nms":

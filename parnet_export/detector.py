@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from parnet_export.detection_form import DetectionOutput, Suppression
+from parnet_export.detections.detection_form import DetectionOutput, Suppression
 from parnet_export.errors import InputError
 from parnet_export.models.catalog import CATALOG, FAMILIES
 
 if TYPE_CHECKING:
-    from parnet_export.detection_form import Form
+    from parnet_export.detections.detection_form import Form
     from parnet_export.network import Network
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from parnet_export.antichain import heaviest_antichain
 from parnet_export.console import (
     format_bytes,
     format_count,
@@ -20,6 +19,7 @@ from parnet_export.console import (
     format_shape,
     printable,
 )
+from parnet_export.splitting.antichain import heaviest_antichain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -25,7 +25,7 @@ def models(
     from rich.table import Table
 
     from parnet_export import console, files
-    from parnet_export.catalogue_listing import list_catalogue
+    from parnet_export.catalogue.listing import list_catalogue
 
     if output is not None:
         files.require_writable(output)

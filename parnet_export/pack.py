@@ -18,9 +18,9 @@ import onnx_ir as ir
 import parnet_export
 from parnet_export import files
 from parnet_export.bundle import SCHEMA_VERSION, BundleWriter, Manifest
-from parnet_export.cost import graph_cost
 from parnet_export.errors import CheckFailedError
-from parnet_export.input_form import INPUT_FORM_KEY, encode_form
+from parnet_export.graphs.cost import graph_cost
+from parnet_export.images.input_form import INPUT_FORM_KEY, encode_form
 from parnet_export.verify import prove_split
 from parnet_export.weights_file import StoredTensor, large_tensors, refer_to, write_tensors
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from parnet_export.bundle import Bundle, Precision, Provenance
-    from parnet_export.split import Split
+    from parnet_export.splitting.split import Split
 
 INLINE_UP_TO_BYTES = 128 << 20
 """A single ONNX file holds its weights up to this size; larger ones go to a file beside it."""

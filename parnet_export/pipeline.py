@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from parnet_export import files
 from parnet_export.bundle import Provenance
-from parnet_export.class_names import read_names
 from parnet_export.detector import (
     FULL_PRECISION_MODULES,
     detection_output,
@@ -20,20 +19,21 @@ from parnet_export.detector import (
 from parnet_export.errors import CheckFailedError, InputError
 from parnet_export.export import export_network
 from parnet_export.fuse import fuse_network, prove_fusion
-from parnet_export.input_form import INPUT_FORM_KEY, decode_form
-from parnet_export.onnx_graph import load_onnx
+from parnet_export.graphs.onnx_graph import load_onnx
+from parnet_export.graphs.precision import to_fp16
+from parnet_export.images.class_names import read_names
+from parnet_export.images.input_form import INPUT_FORM_KEY, decode_form
 from parnet_export.pack import write_bundle
-from parnet_export.precision import to_fp16
 from parnet_export.source import name_of_file, now, tool_versions
-from parnet_export.split import SplitOptions, split_model
+from parnet_export.splitting.split import SplitOptions, split_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from parnet_export.bundle import Bundle, Precision
-    from parnet_export.detection_form import Form, Suppression
+    from parnet_export.detections.detection_form import Form, Suppression
     from parnet_export.fuse import FusionProof
-    from parnet_export.input_options import InputOptions
+    from parnet_export.images.input_options import InputOptions
     from parnet_export.network import Level, Network
 
 DYNAMIC = "dynamic"

@@ -14,19 +14,19 @@ import msgspec
 import torch
 
 from parnet_export.bundle import Provenance
-from parnet_export.checkpoint import Checkpoint, load_strictly, read_checkpoint
+from parnet_export.checkpoints.checkpoint import Checkpoint, load_strictly, read_checkpoint
 from parnet_export.errors import InputError, name_some
+from parnet_export.images.timm_arguments import stated_form
 from parnet_export.models.batch_norm import randomise_batch_norm
 from parnet_export.models.catalog import CATALOG, FAMILIES, find_name
 from parnet_export.network import Header, Network
-from parnet_export.timm_arguments import stated_form
 
 if TYPE_CHECKING:
     from typing import Any
 
     from torch import nn
 
-    from parnet_export.input_form import InputForm
+    from parnet_export.images.input_form import InputForm
     from parnet_export.models.family import Family
     from parnet_export.network import Level
 

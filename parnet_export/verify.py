@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from parnet_export.compare_detections import compared_detections
+from parnet_export.detections.compare_detections import compared_detections
 from parnet_export.errors import CheckFailedError, name_some
-from parnet_export.onnx_runtime import open_session, runtime_failures
+from parnet_export.graphs.onnx_runtime import open_session, runtime_failures
 from parnet_export.samples import make_samples
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_export.bundle import Precision
-    from parnet_export.detection_form import DetectionOutput
+    from parnet_export.detections.detection_form import DetectionOutput
     from parnet_export.samples import Sample
     from parnet_export.stream_graph import StreamGraph, TensorSpec
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from parnet_bench.compare import Comparison, RowComparison
+    from parnet_bench.results.compare import Comparison, RowComparison
 
 KIND = "parnet-bench compare"
 SCHEMA_VERSION = 1
@@ -49,8 +49,8 @@ def compare(
     interval of its ratio excludes 1. Results of other machines, runtimes or settings are
     refused, each reason named, unless --force is given.
     """
-    from parnet_bench.compare import compare as compare_results
-    from parnet_bench.result_file import read_result
+    from parnet_bench.results.compare import compare as compare_results
+    from parnet_bench.results.result_file import read_result
     from parnet_export import console, files
     from parnet_export.errors import InputError
 
@@ -84,7 +84,7 @@ def register(app: typer.Typer) -> None:
 
 def render_markdown(comparison: Comparison, before: str, after: str) -> str:
     """Return a comparison as a Markdown document, ending in a newline."""
-    from parnet_bench.markdown_table import markdown_table, markdown_text
+    from parnet_bench.report.markdown_table import markdown_table, markdown_text
 
     rows = [_cells(row) for row in comparison.rows]
     lines = [f"# {markdown_text(after)} against {markdown_text(before)}", ""]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from parnet_engines.cost_table import CostTable, SegmentCost
-    from parnet_engines.devices import Device
-    from parnet_engines.placement import Lane
+    from parnet_engines.planning.cost_table import CostTable, SegmentCost
+    from parnet_engines.planning.devices import Device
+    from parnet_engines.schedule.placement import Lane
     from parnet_export.bundle import Bundle
 
 
@@ -58,8 +58,8 @@ def costs(
     What is measured is kept in the bundle's folder with the machine it belongs to: plans
     rest on it from then on.
     """
-    from parnet_engines.bundle_costs import add_bundle_costs, load_bundle_costs
-    from parnet_engines.devices import parse_devices
+    from parnet_engines.planning.bundle_costs import add_bundle_costs, load_bundle_costs
+    from parnet_engines.planning.devices import parse_devices
     from parnet_export.bundle import open_bundle
 
     if output is not None:
@@ -79,8 +79,8 @@ def lane_choices(
     bundle: Bundle, devices: Sequence[Device], lanes: int | None
 ) -> list[tuple[Lane, ...]]:
     """Return the lanes to measure on: the devices' cores divided evenly, for each number."""
-    from parnet_engines.devices import divide
-    from parnet_engines.lane_sets import default_lanes
+    from parnet_engines.planning.devices import divide
+    from parnet_engines.planning.lane_sets import default_lanes
 
     most = default_lanes(bundle.stream_graph, devices)
     counts = range(len(devices), most + 1) if lanes is None else [lanes]
@@ -89,8 +89,8 @@ def lane_choices(
 
 def _estimates(bundle: Bundle, offered: Sequence[Sequence[Lane]]) -> CostTable:
     """Return estimates for what `_measure` measures."""
-    from parnet_engines.bundle_costs import estimated_costs
-    from parnet_engines.cost_table import WHOLE, CostTable, lane_threads
+    from parnet_engines.planning.bundle_costs import estimated_costs
+    from parnet_engines.planning.cost_table import WHOLE, CostTable, lane_threads
 
     beside = {
         (lane_threads(lane), sum(other.device == lane.device for other in lanes))
@@ -108,8 +108,8 @@ def _estimates(bundle: Bundle, offered: Sequence[Sequence[Lane]]) -> CostTable:
 
 
 def _measure(bundle: Bundle, offered: Sequence[Sequence[Lane]]) -> list[SegmentCost]:
-    from parnet_engines.cost_measure import measure_costs, measure_whole
-    from parnet_engines.cost_table import lane_threads
+    from parnet_engines.planning.cost_measure import measure_costs, measure_whole
+    from parnet_engines.planning.cost_table import lane_threads
     from parnet_engines.session import Session
 
     open_program = partial(Session.load, bundle)
@@ -129,7 +129,7 @@ def render(bundle: Bundle, costs: CostTable) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from parnet_engines.cost_table import WHOLE
+    from parnet_engines.planning.cost_table import WHOLE
 
     situations = sorted({(entry.threads, entry.busy_lanes) for entry in costs.entries})
     found = {(entry.segment, entry.threads, entry.busy_lanes): entry for entry in costs.entries}

@@ -15,7 +15,7 @@ from parnet_export import console, files
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from parnet_bench.engine_comparison import EngineComparison
+    from parnet_bench.selftest.engine_comparison import EngineComparison
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +65,9 @@ def engines(
     """
     if output is not None:
         files.require_writable(output)
-    from parnet_bench.engine_comparison import Request, compare_engines
+    from parnet_bench.selftest.engine_comparison import Request, compare_engines
     from parnet_engines.clock import MonotonicClock
-    from parnet_engines.cuda_devices import names_gpus, open_driver, parse_gpus
+    from parnet_engines.cuda.devices import names_gpus, open_driver, parse_gpus
 
     if names_gpus(devices):
         open_driver(parse_gpus(devices))  # refuses before minutes of preparation

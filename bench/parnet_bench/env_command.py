@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from parnet_bench.environment import Environment
-    from parnet_bench.machine_checks import Advice
-    from parnet_bench.machine_state import MachineState
+    from parnet_bench.machine.checks import Advice
+    from parnet_bench.machine.environment import Environment
+    from parnet_bench.machine.state import MachineState
 
 
 def env(
@@ -33,10 +33,10 @@ def env(
     """Describe this machine, and say what to fix before measuring, with the commands."""
     import msgspec
 
-    from parnet_bench.environment import read_environment
-    from parnet_bench.machine_checks import advise
-    from parnet_bench.machine_state import read_machine
-    from parnet_bench.nvml import open_nvml
+    from parnet_bench.machine.checks import advise
+    from parnet_bench.machine.environment import read_environment
+    from parnet_bench.machine.nvml import open_nvml
+    from parnet_bench.machine.state import read_machine
     from parnet_export import console, files
 
     if output is not None:
@@ -88,7 +88,7 @@ def _render(
 def _facts(
     environment: Environment, state: MachineState, missing: str
 ) -> Iterator[tuple[str, str]]:
-    from parnet_bench.machine_state import heat_of
+    from parnet_bench.machine.state import heat_of
     from parnet_export.console import format_bytes, format_percent
 
     def told(value: object) -> str:

@@ -16,9 +16,9 @@ from parnet_export.errors import CheckFailedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from parnet_bench.lane_comparison import Comparison
-    from parnet_bench.lane_overhead import Memory, Overhead
-    from parnet_bench.simulator_check import SimulatorCheck
+    from parnet_bench.lanes.comparison import Comparison
+    from parnet_bench.lanes.overhead import Memory, Overhead
+    from parnet_bench.lanes.simulator_check import SimulatorCheck
 
 Networks = Annotated[
     list[str] | None,
@@ -53,8 +53,8 @@ def overhead(
     output: Output = None,
 ) -> None:
     """Time a small ParNet's seven segments with engines that do nothing."""
-    from parnet_bench.lane_networks import SMALL, lane_bundle
-    from parnet_bench.lane_overhead import measure_overhead, spread
+    from parnet_bench.lanes.networks import SMALL, lane_bundle
+    from parnet_bench.lanes.overhead import measure_overhead, spread
     from parnet_engines.clock import MonotonicClock
 
     _require_writable(output)
@@ -74,8 +74,8 @@ def memory(
     output: Output = None,
 ) -> None:
     """Compare resident memory before and after many inferences of engines that do nothing."""
-    from parnet_bench.lane_networks import SMALL, lane_bundle
-    from parnet_bench.lane_overhead import measure_memory, spread
+    from parnet_bench.lanes.networks import SMALL, lane_bundle
+    from parnet_bench.lanes.overhead import measure_memory, spread
 
     _require_writable(output)
     with console.working("running engines that do nothing"):
@@ -98,8 +98,8 @@ def auto(
 
     Unless --network says otherwise, for all three networks.
     """
-    from parnet_bench.lane_comparison import compare
-    from parnet_bench.lane_networks import RESOLUTIONS, lane_bundle, require_known
+    from parnet_bench.lanes.comparison import compare
+    from parnet_bench.lanes.networks import RESOLUTIONS, lane_bundle, require_known
     from parnet_engines.clock import MonotonicClock
 
     _require_writable(output)
@@ -130,8 +130,8 @@ def simulator(
 
     Unless --network says otherwise, real engines run parnet-s and parnet-32-64-128.
     """
-    from parnet_bench.lane_networks import SMALL, lane_bundle, require_known
-    from parnet_bench.simulator_check import check_delays, check_engines
+    from parnet_bench.lanes.networks import SMALL, lane_bundle, require_known
+    from parnet_bench.lanes.simulator_check import check_delays, check_engines
     from parnet_engines.clock import MonotonicClock
 
     _require_writable(output)
@@ -175,7 +175,7 @@ def _show(
     output: Path | None,
 ) -> None:
     """Show results, and fail if one of them is not what is claimed of lanes."""
-    from parnet_bench.environment import read_environment
+    from parnet_bench.machine.environment import read_environment
 
     result = {"environment": read_environment(), "results": found}
     lines = []
@@ -191,7 +191,7 @@ def _show(
 
 
 def _describe_overhead(found: Overhead) -> str:
-    from parnet_bench.lane_overhead import OVERHEAD_LIMIT_US
+    from parnet_bench.lanes.overhead import OVERHEAD_LIMIT_US
 
     where = "a core each" if found.pinned else "too few cores to pin them"
     return (
@@ -202,7 +202,7 @@ def _describe_overhead(found: Overhead) -> str:
 
 
 def _describe_memory(found: Memory) -> str:
-    from parnet_bench.lane_overhead import MEMORY_LIMIT_BYTES
+    from parnet_bench.lanes.overhead import MEMORY_LIMIT_BYTES
 
     grown = found.after_bytes - found.before_bytes
     return (

@@ -17,9 +17,9 @@ from parnet_export.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parnet_bench.procedure import Procedure
-    from parnet_bench.request import Request
-    from parnet_bench.result import Result
+    from parnet_bench.results.procedure import Procedure
+    from parnet_bench.results.result import Result
+    from parnet_bench.targets.request import Request
 
 PLAN_NAMES = ("streams", "auto", "authors", "whole")
 
@@ -235,12 +235,12 @@ def latency(
     Graphs of catalogue networks and checkpoints are kept in the folder that
     PARNET_EXPORT_CACHE names, by default ~/.cache/parnet-export.
     """
-    from parnet_bench.graphs import Reading
-    from parnet_bench.procedure import Procedure
-    from parnet_bench.request import Request
-    from parnet_bench.result_file import as_dict
-    from parnet_bench.row_devices import check_devices
-    from parnet_bench.table import render
+    from parnet_bench.report.table import render
+    from parnet_bench.results.procedure import Procedure
+    from parnet_bench.results.result_file import as_dict
+    from parnet_bench.targets.graphs import Reading
+    from parnet_bench.targets.request import Request
+    from parnet_bench.targets.row_devices import check_devices
 
     _refuse(context, _OF_SCENARIOS if scenario is None else _OF_ROUNDS, scenario)
     check_devices(devices, threads=threads, data_transfers=data_transfers, boundary=boundary)
@@ -376,25 +376,25 @@ def _write_files(
     result: Result, *, csv: Path | None, html: Path | None, trace: Path | None
 ) -> None:
     if csv is not None:
-        from parnet_bench.csv_file import csv_text
+        from parnet_bench.report.csv_file import csv_text
 
         files.write_text(csv, csv_text(result))
     if html is not None:
-        from parnet_bench.html_page import render_page
+        from parnet_bench.report.html_page import render_page
 
         files.write_text(html, render_page(result))
     if trace is not None:
-        from parnet_bench.trace import encode_traces
+        from parnet_bench.report.trace import encode_traces
 
         files.write_bytes(trace, encode_traces(result))
 
 
 def _measure(request: Request, procedure: Procedure) -> Result:
-    from parnet_bench.environment import read_environment
-    from parnet_bench.latency import measure_rows
-    from parnet_bench.progress import showing_progress
-    from parnet_bench.row_peaks import measure_row_peaks
-    from parnet_bench.rows import plan_rows
+    from parnet_bench.machine.environment import read_environment
+    from parnet_bench.measuring.latency import measure_rows
+    from parnet_bench.measuring.progress import showing_progress
+    from parnet_bench.measuring.row_peaks import measure_row_peaks
+    from parnet_bench.targets.rows import plan_rows
 
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:

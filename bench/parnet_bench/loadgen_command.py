@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from parnet_bench.environment import Environment
-    from parnet_bench.loadgen import Load, Outcome, Scenario
-    from parnet_bench.request import Request
-    from parnet_bench.result import Form
-    from parnet_bench.rows import PlannedRow
+    from parnet_bench.loadgen.scenarios import Load, Outcome, Scenario
+    from parnet_bench.machine.environment import Environment
+    from parnet_bench.results.result import Form
+    from parnet_bench.targets.request import Request
+    from parnet_bench.targets.rows import PlannedRow
 
 KIND = "parnet-bench loadgen"
 SCHEMA_VERSION = 1
@@ -99,8 +99,8 @@ def loadgen(
 
     Takes at least ten minutes for each form of each target. Needs the extra `loadgen`.
     """
-    from parnet_bench.request import Request
-    from parnet_bench.row_devices import check_devices
+    from parnet_bench.targets.request import Request
+    from parnet_bench.targets.row_devices import check_devices
 
     load = make_load(scenario, target_qps, target_latency, break_rules_seconds)
     check_devices(devices, threads=threads)
@@ -136,7 +136,7 @@ def make_load(
     MissingBackendError
         When the load generator is not installed.
     """
-    from parnet_bench.loadgen import Load, import_loadgen
+    from parnet_bench.loadgen.scenarios import Load, import_loadgen
     from parnet_export.errors import InputError
 
     import_loadgen()
@@ -181,8 +181,8 @@ def run_and_show(
     ParnetError
         When a row cannot be made, loaded or run.
     """
-    from parnet_bench.environment import read_environment
-    from parnet_bench.rows import plan_rows
+    from parnet_bench.machine.environment import read_environment
+    from parnet_bench.targets.rows import plan_rows
     from parnet_export import console, files
     from parnet_export.errors import InputError
 
@@ -216,9 +216,9 @@ class _Run:
 
 
 def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
-    from parnet_bench.job import Job
-    from parnet_bench.loadgen import read_outcome
-    from parnet_bench.loadgen_process import ScenarioJob, run_scenario
+    from parnet_bench.loadgen.process import ScenarioJob, run_scenario
+    from parnet_bench.loadgen.scenarios import read_outcome
+    from parnet_bench.workers.job import Job
     from parnet_export import files
 
     folder = place / re.sub(r"[^\w.-]+", "-", row.description.name)

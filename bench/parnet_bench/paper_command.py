@@ -12,11 +12,11 @@ from parnet_export import console, files
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from parnet_bench.paper import PaperPlan
-    from parnet_bench.procedure import Procedure
-    from parnet_bench.published import PublishedTable
-    from parnet_bench.request import Request
-    from parnet_bench.result import Result
+    from parnet_bench.paper.measured import PaperPlan
+    from parnet_bench.results.procedure import Procedure
+    from parnet_bench.results.published import PublishedTable
+    from parnet_bench.results.result import Result
+    from parnet_bench.targets.request import Request
 
 KIND = "parnet-bench paper"
 SCHEMA_VERSION = 1
@@ -87,12 +87,12 @@ def paper(
     Networks have random weights. What the paper does not determine, and what this machine
     cannot do as the paper did it, is said under the table.
     """
-    from parnet_bench import paper_table
-    from parnet_bench.paper import compare_with_paper
-    from parnet_bench.procedure import Procedure
-    from parnet_bench.published import TABLES
-    from parnet_bench.request import Request
-    from parnet_bench.result_file import as_dict
+    from parnet_bench.paper import table as paper_table
+    from parnet_bench.paper.measured import compare_with_paper
+    from parnet_bench.results.procedure import Procedure
+    from parnet_bench.results.published import TABLES
+    from parnet_bench.results.result_file import as_dict
+    from parnet_bench.targets.request import Request
 
     if not max_time > 0:
         raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
@@ -138,10 +138,10 @@ def paper(
 def _measure(
     table: PublishedTable, request: Request, procedure: Procedure
 ) -> tuple[PaperPlan, Result]:
-    from parnet_bench.environment import read_environment
-    from parnet_bench.latency import measure_rows
-    from parnet_bench.paper import plan_paper
-    from parnet_bench.progress import showing_progress
+    from parnet_bench.machine.environment import read_environment
+    from parnet_bench.measuring.latency import measure_rows
+    from parnet_bench.measuring.progress import showing_progress
+    from parnet_bench.paper.measured import plan_paper
 
     environment = read_environment()
     with tempfile.TemporaryDirectory(prefix="parnet-bench-") as workspace:

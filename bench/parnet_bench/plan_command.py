@@ -14,7 +14,7 @@ from parnet_export import console
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from parnet_bench.forecast import Detail
+    from parnet_bench.forecasts.forecast import Detail
 
 
 def register(app: typer.Typer) -> None:
@@ -120,11 +120,11 @@ def plan_network(
     A network needs no weights for this, and need not exist: --widths, --blocks and
     --streams describe one.
     """
-    from parnet_bench.forecast import PLANS, forecast
-    from parnet_bench.forecast_inputs import Target, find_costs, parse_numbers, sketch_target
-    from parnet_bench.forecast_table import render
-    from parnet_bench.hypothetical import Changes
-    from parnet_engines.links import parse_link
+    from parnet_bench.forecasts.forecast import PLANS, forecast
+    from parnet_bench.forecasts.hypothetical import Changes
+    from parnet_bench.forecasts.inputs import Target, find_costs, parse_numbers, sketch_target
+    from parnet_bench.forecasts.table import render
+    from parnet_engines.planning.links import parse_link
 
     for path in (svg, trace, save_plan, output):
         if path is not None and not path.parent.is_dir():
@@ -158,9 +158,9 @@ def plan_network(
 def _write(
     detail: Detail, title: str, *, svg: Path | None, trace: Path | None, plan_path: Path | None
 ) -> None:
-    from parnet_engines.plan_file import save_plan
-    from parnet_engines.timeline_picture import render_timeline_svg
-    from parnet_engines.trace_file import encode_trace
+    from parnet_engines.planning.plan_file import save_plan
+    from parnet_engines.timeline.picture import render_timeline_svg
+    from parnet_engines.timeline.trace_file import encode_trace
     from parnet_export import files
 
     if svg is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from parnet_bench.repeatability import RowAgreement
+    from parnet_bench.results.repeatability import RowAgreement
 
 
 def register(app: typer.Typer) -> None:
@@ -46,8 +46,8 @@ def repeatability(
 
     Every two runs are compared. Exit code 1 where too few pairs overlap.
     """
-    from parnet_bench.repeatability import agreement
-    from parnet_bench.result_file import read_result
+    from parnet_bench.results.repeatability import agreement
+    from parnet_bench.results.result_file import read_result
 
     if output is not None:
         files.require_writable(output)

@@ -34,7 +34,7 @@ def report(
     Without an option it prints Markdown. Figures are computed anew from the raw samples, so
     results of older versions can be shown as well.
     """
-    from parnet_bench.result_file import read_result
+    from parnet_bench.results.result_file import read_result
     from parnet_export import console, files
 
     places = [place for place in (html, markdown, csv) if place is not None]
@@ -43,15 +43,15 @@ def report(
             files.require_writable(place)
     measured = read_result(result)
     if html is not None:
-        from parnet_bench.html_page import render_page
+        from parnet_bench.report.html_page import render_page
 
         _write(html, render_page(measured))
     if markdown is not None or not places:
-        from parnet_bench.markdown_page import render_markdown
+        from parnet_bench.report.markdown_page import render_markdown
 
         _write(markdown or Path("-"), render_markdown(measured))
     if csv is not None:
-        from parnet_bench.csv_file import csv_text
+        from parnet_bench.report.csv_file import csv_text
 
         _write(csv, csv_text(measured))
     for place in places:

@@ -47,7 +47,7 @@ def selftest(
     files.require_writable(output)
     from rich.table import Table
 
-    from parnet_bench.selftest import Request, run_selftest
+    from parnet_bench.selftest.checks import Request, run_selftest
 
     request = Request(devices, engine, network, resolution, precision)
     result = run_selftest(request, console.note)

@@ -12,8 +12,8 @@ import typer
 from parnet_export import console, files
 
 if TYPE_CHECKING:
-    from parnet_engines.cost_table import CostTable
-    from parnet_engines.program import Program
+    from parnet_engines.planning.cost_table import CostTable
+    from parnet_engines.schedule.program import Program
     from parnet_export.bundle import Bundle
 
 
@@ -66,11 +66,11 @@ def timeline(
     ] = None,
 ) -> None:
     """Record inferences, and say how far lanes overlap and what keeps them from it."""
-    from parnet_bench.timeline_report import record, render, report_on
-    from parnet_engines.machine import describe_machine
+    from parnet_bench.report.timeline_report import record, render, report_on
+    from parnet_engines.planning.machine import describe_machine
     from parnet_engines.session import PLANS, Session
-    from parnet_engines.timeline_picture import render_timeline_svg
-    from parnet_engines.trace_file import encode_trace
+    from parnet_engines.timeline.picture import render_timeline_svg
+    from parnet_engines.timeline.trace_file import encode_trace
     from parnet_export.bundle import open_bundle
     from parnet_export.samples import make_samples
 
@@ -118,9 +118,9 @@ def timeline(
 
 def _isolated_costs(bundle: Bundle, program: Program) -> CostTable | None:
     """Return what was measured of a program's segments alone; None if any is missing."""
-    from parnet_engines.bundle_costs import load_bundle_costs
-    from parnet_engines.cost_table import device_kind, lane_threads
-    from parnet_engines.program import Run
+    from parnet_engines.planning.bundle_costs import load_bundle_costs
+    from parnet_engines.planning.cost_table import device_kind, lane_threads
+    from parnet_engines.schedule.program import Run
 
     costs = load_bundle_costs(bundle)
     for step in program.steps:

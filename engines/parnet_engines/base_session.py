@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from parnet_engines.check import CheckedProgram
 from parnet_engines.clock import MonotonicClock
-from parnet_engines.interpreter import Interpreter
 from parnet_engines.network_inputs import checked_inputs
-from parnet_engines.program import Run
-from parnet_engines.recording import Recording, Span
+from parnet_engines.schedule.check import CheckedProgram
+from parnet_engines.schedule.interpreter import Interpreter
+from parnet_engines.schedule.program import Run
+from parnet_engines.schedule.recording import Recording, Span
 from parnet_engines.segment_errors import SegmentHungError
 from parnet_export.errors import InputError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.execution import Execution
+    from parnet_engines.schedule.execution import Execution
     from parnet_export.stream_graph import TensorSpec
 
 _KEPT_SHAPES = 4
@@ -78,7 +78,9 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         record: bool = False,
     ) -> None:
         if not isinstance(program, CheckedProgram):
-            raise TypeError("a session runs a CheckedProgram; parnet_engines.check makes one")
+            raise TypeError(
+                "a session runs a CheckedProgram; parnet_engines.schedule.check makes one"
+            )
         runs = [step for step in program.program.steps if isinstance(step, Run)]
         missing = [step.segment for step in runs if (step.segment, step.lane) not in engines]
         if missing:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from parnet_engines.bundle_engines import EngineReport
-    from parnet_engines.engine_sidecar import Sidecar
+    from parnet_engines.tensorrt.bundle_engines import EngineReport
+    from parnet_engines.tensorrt.engine_sidecar import Sidecar
     from parnet_export.bundle import Bundle
 
 
@@ -98,10 +98,10 @@ def build(
     ] = None,
 ) -> None:
     """Build TensorRT engines of a bundle's segments and whole graph, where they have changed."""
-    from parnet_engines import build_progress
-    from parnet_engines.build_place import choose_places
-    from parnet_engines.bundle_engines import build_engines, names_of, require_options
-    from parnet_engines.tensorrt_options import EngineOptions, parse_sizes
+    from parnet_engines.tensorrt import build_progress
+    from parnet_engines.tensorrt.build_place import choose_places
+    from parnet_engines.tensorrt.bundle_engines import build_engines, names_of, require_options
+    from parnet_engines.tensorrt.options import EngineOptions, parse_sizes
     from parnet_export import console, files
     from parnet_export.bundle import open_bundle
 
@@ -184,7 +184,7 @@ def _tables(bundle: Bundle, reports: Sequence[EngineReport]) -> Group:
 def _table(bundle: Bundle, reports: Sequence[EngineReport]) -> Table:
     from rich.table import Table
 
-    from parnet_engines.tensorrt_module import LABELS
+    from parnet_engines.tensorrt.module import LABELS
     from parnet_export.console import format_bytes, printable
 
     recipe = reports[0].sidecar.recipe

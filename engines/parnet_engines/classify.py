@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parnet_export.errors import InputError
-from parnet_export.images import load_image
-from parnet_export.preprocessing import preprocess
+from parnet_export.images.files import load_image
+from parnet_export.images.preprocessing import preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.base_session import AnySession
     from parnet_export.bundle import Bundle
-    from parnet_export.input_form import InputForm
+    from parnet_export.images.input_form import InputForm
 
 _NOT_ONE = 1e-2
 """How far from 1 a sum of probabilities in half precision may be."""

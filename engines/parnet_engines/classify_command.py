@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parnet_export.input_options import (
+from parnet_export.images.input_options import (
     ColourOrderOption,
     CropOption,
     InputOptions,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.classify import Classified
     from parnet_export.bundle import Bundle
-    from parnet_export.input_form import InputForm
+    from parnet_export.images.input_form import InputForm
 
 
 def classify(
@@ -66,7 +66,7 @@ def classify(
     from parnet_engines.session import Session
     from parnet_export import console, files
     from parnet_export.bundle import open_bundle
-    from parnet_export.class_names import read_names, usual_names
+    from parnet_export.images.class_names import read_names, usual_names
 
     if output is not None:
         files.require_writable(output)
@@ -120,7 +120,7 @@ def _resolution(bundle: Path, own: int | None, asked: int | None) -> int:
 def _choose_form(bundle: Bundle, options: InputOptions) -> tuple[InputForm, str]:
     """Return how pictures are prepared, and a clause that says who says so."""
     from parnet_export.errors import InputError
-    from parnet_export.input_form import IMAGENET
+    from parnet_export.images.input_form import IMAGENET
 
     stated = bundle.manifest.provenance.input_form
     form, source = options.choose(stated, IMAGENET, "ImageNet's")
@@ -131,7 +131,7 @@ def _choose_form(bundle: Bundle, options: InputOptions) -> tuple[InputForm, str]
 
 
 def _describe(form: InputForm, size: int) -> str:
-    from parnet_export.preprocessing import resized_side
+    from parnet_export.images.preprocessing import resized_side
 
     middle = f"The middle {size} x {size} pixels of pictures resized to {resized_side(form, size)}"
     return f"{middle}: {form.description}"

@@ -88,7 +88,7 @@ def verify(
     """Prove that a bundle is intact, and that its segments compute what they were made from."""
     from rich.console import Group
 
-    from parnet_engines.bundle_proof import prove_bundle
+    from parnet_engines.proof.bundle_proof import prove_bundle
     from parnet_export import console, files
     from parnet_export.bundle import open_bundle
     from parnet_export.errors import InputError
@@ -117,7 +117,7 @@ def verify(
     result, shown = _as_dict(opened, source, proof), [_table(opened, source, proof)]
     on_devices = None
     if devices is not None:
-        from parnet_engines import device_verification
+        from parnet_engines.proof import device_verification
 
         with console.working(f"running engines on {devices}"):
             on_devices = device_verification.verify_on(

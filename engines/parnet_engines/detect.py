@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from parnet_engines.session import Session
-from parnet_export.detection_form import BOXES_NAME, Suppression
+from parnet_export.detections.detection_form import BOXES_NAME, Suppression
+from parnet_export.detections.suppression import Detections, read_detections, suppress
 from parnet_export.errors import InputError
-from parnet_export.input_form import LETTERBOX
-from parnet_export.letterbox import Letterbox
-from parnet_export.suppression import Detections, read_detections, suppress
+from parnet_export.images.input_form import LETTERBOX
+from parnet_export.images.letterbox import Letterbox
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from parnet_engines.base_session import AnySession
     from parnet_engines.session import Plan
     from parnet_export.bundle import Bundle
-    from parnet_export.detection_form import DetectionOutput
-    from parnet_export.input_form import InputForm
+    from parnet_export.detections.detection_form import DetectionOutput
+    from parnet_export.images.input_form import InputForm
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parnet_export.input_form import LETTERBOX
-from parnet_export.input_options import (
+from parnet_export.images.input_form import LETTERBOX
+from parnet_export.images.input_options import (
     ColourOrderOption,
     InputOptions,
     InterpolationOption,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.detect import Detector
     from parnet_export.bundle import Bundle
-    from parnet_export.suppression import Detections
+    from parnet_export.detections.suppression import Detections
 
 
 def detect(
@@ -89,9 +89,9 @@ def detect(
     """
     from parnet_engines.detect import Detector, Thresholds
     from parnet_export import console
-    from parnet_export.boxes_picture import draw_boxes
     from parnet_export.bundle import open_bundle
-    from parnet_export.images import load_image
+    from parnet_export.images.files import load_image
+    from parnet_export.pictures.boxes_picture import draw_boxes
 
     drawings = _places(images, draw, output)
     opened = open_bundle(bundle)
@@ -163,7 +163,7 @@ class ImageResult:
 
 
 def _names(bundle: Bundle, num_classes: int, file: Path | None) -> tuple[str, ...]:
-    from parnet_export.class_names import read_names, usual_names
+    from parnet_export.images.class_names import read_names, usual_names
 
     if file is not None:
         return read_names(file, num_classes)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from parnet_engines.base_session import BaseSession
-from parnet_engines.buffers import find_shapes
-from parnet_engines.cpu_engines import load_engines, pins_all_threads, require_engine
-from parnet_engines.cuda_devices import names_gpus
-from parnet_engines.cuda_session import CudaSession
-from parnet_engines.devices import can_pin
-from parnet_engines.execution import Execution
-from parnet_engines.host import Host
+from parnet_engines.cpu.buffers import find_shapes
+from parnet_engines.cpu.engines import load_engines, pins_all_threads, require_engine
+from parnet_engines.cpu.host import Host
+from parnet_engines.cuda.devices import names_gpus
+from parnet_engines.cuda.session import CudaSession
 from parnet_engines.network_inputs import checked_inputs
-from parnet_engines.plan_option import choose
-from parnet_engines.program import Run
+from parnet_engines.planning.devices import can_pin
+from parnet_engines.planning.plan_option import choose
+from parnet_engines.schedule.execution import Execution
+from parnet_engines.schedule.program import Run
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 from parnet_export.bundle import Bundle, open_bundle
 from parnet_export.errors import InputError
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_engines.boundary import Boundary
-    from parnet_engines.check import CheckedProgram
+    from parnet_engines.cuda.boundary import Boundary
     from parnet_engines.engine import Engine
-    from parnet_engines.evaluate import Objective
-    from parnet_engines.ort import Spin
+    from parnet_engines.planning.evaluate import Objective
+    from parnet_engines.runtimes.ort import Spin
+    from parnet_engines.schedule.check import CheckedProgram
 
 __all__ = ["PLANS", "Plan", "SegmentFailedError", "SegmentHungError", "Session"]
 
@@ -109,13 +109,13 @@ class Session(BaseSession["Engine", "Host"]):
             A bundle, or the path of one.
         devices
             Where to run: ``"cpu"``, or CPU cores as `parse_devices` reads them, or GPUs as
-            `parnet_engines.cuda_devices.parse_gpus` does, such as ``"0"`` or ``"0,1,2"``.
+            `parnet_engines.cuda.devices.parse_gpus` does, such as ``"0"`` or ``"0,1,2"``.
         plan
             ``"whole"``: the whole graph runs as one engine on the first device.
             ``"streams"``: segments run concurrently, placed by what is known of their
             costs. ``"authors"``: the layout of ParNet's authors, a stream on each of
             three devices. ``"auto"``: what measuring here found to be quickest; see
-            `parnet_engines.auto_plan`. A path: the plan or program in that file.
+            `parnet_engines.planning.auto_plan`. A path: the plan or program in that file.
         engine
             The runtime of the engines. On the CPU ``"onnxruntime"`` (as ``"auto"`` is),
             ``"openvino"`` or ``"torch"``; plans rest on what segments take with ONNX

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from parnet_export.input_form import IMAGENET
+from parnet_export.images.input_form import IMAGENET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
-    from parnet_export.detection_form import AnchorLevel
-    from parnet_export.input_form import InputForm
+    from parnet_export.detections.detection_form import AnchorLevel
+    from parnet_export.images.input_form import InputForm
     from parnet_export.network import Level
 
 Origin = Literal["official", "reconstruction"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from parnet_export.detection_form import BOX_CHANNELS
+from parnet_export.detections.detection_form import BOX_CHANNELS
 from parnet_export.models.detector_neck import NORM_EPS, ConvBlock, Neck, NormalisedJoin
 from parnet_export.models.implicit_head import ImplicitHead
 from parnet_export.models.parnet import ParNetConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast, get_args
 
-from parnet_export.input_form import LETTERBOX
+from parnet_export.images.input_form import LETTERBOX
 from parnet_export.models.family import Entry, Family, Restored
 from parnet_export.models.parnet import detect_activation
 from parnet_export.models.parnet_blocks import Activation

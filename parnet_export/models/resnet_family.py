@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from parnet_export.input_form import IMAGENET
+from parnet_export.images.input_form import IMAGENET
 from parnet_export.models.family import Entry, Family, Restored
 from parnet_export.models.resnet import (
     FusedResNet,

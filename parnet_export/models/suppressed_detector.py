@@ -1,9 +1,9 @@
 """A detector with non-maximum suppression at its end, in torch and in ONNX.
 
 Torch has no operator for suppression, so there is one here. In torch it is computed by
-`parnet_export.suppression`; in an exported graph it becomes ``NonMaxSuppression`` and what
-brings its result, whose length depends on the image, into tensors of a fixed size. A
-session, a device and a CUDA graph can then have memory for them before the image is known.
+`parnet_export.detections.suppression`; in an exported graph it becomes ``NonMaxSuppression``
+and what brings its result, whose length depends on the image, into tensors of a fixed size.
+A session, a device and a CUDA graph can then have memory for them before the image is known.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from onnxscript import opset20
 from torch import Tensor, nn
 
-from parnet_export.detection_form import BOX_CHANNELS, DETECTION_NAMES, Suppression
+from parnet_export.detections.detection_form import BOX_CHANNELS, DETECTION_NAMES, Suppression
+from parnet_export.detections.suppression import suppress
 from parnet_export.models.yolo_decode import DecodedDetector
-from parnet_export.suppression import suppress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from parnet_export.detection_form import AnchorLevel
+    from parnet_export.detections.detection_form import AnchorLevel
 
 _Detections = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from parnet_export.detection_form import BOXES_NAME
+from parnet_export.detections.detection_form import BOXES_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parnet_export.detection_form import AnchorLevel
+    from parnet_export.detections.detection_form import AnchorLevel
 
 
 def decode_boxes(heads: Sequence[Tensor], levels: Sequence[AnchorLevel]) -> Tensor:

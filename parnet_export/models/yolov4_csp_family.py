@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from parnet_export.input_form import LETTERBOX
+from parnet_export.images.input_form import LETTERBOX
 from parnet_export.models.family import Entry, Family, Restored
 from parnet_export.models.yolov4_csp import (
     FusedYOLOv4CSP,

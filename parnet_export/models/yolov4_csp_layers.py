@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from parnet_export.detection_form import BOX_CHANNELS, AnchorLevel
+from parnet_export.detections.detection_form import BOX_CHANNELS, AnchorLevel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from parnet_engines.cuda_bindings import BindingsDriver
-from parnet_engines.cuda_driver import CudaError
+from parnet_engines.cuda.bindings import BindingsDriver
+from parnet_engines.cuda.driver import CudaError
 from parnet_export.errors import MissingBackendError
 from parnet_export.pipeline import export_graph, make_bundle
 from parnet_export.source import load_network

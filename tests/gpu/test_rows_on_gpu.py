@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from parnet_bench.gpu_peaks import measure_gpu_peaks
-from parnet_bench.job import Job
-from parnet_bench.row_gpus import RowGpus
-from parnet_bench.row_process import RowProcess
-from parnet_bench.turn import TurnRequest
-from parnet_engines.cuda_session import CudaSession
+from parnet_bench.measuring.gpu_peaks import measure_gpu_peaks
+from parnet_bench.workers.job import Job
+from parnet_bench.workers.row_gpus import RowGpus
+from parnet_bench.workers.row_process import RowProcess
+from parnet_bench.workers.turn import TurnRequest
+from parnet_engines.cuda.session import CudaSession
 
 pytestmark = pytest.mark.gpu
 

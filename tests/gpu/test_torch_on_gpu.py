@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from parnet_engines import torch_engine
-from parnet_engines.accuracy import LIMITS, assess
-from parnet_engines.boundary import BOUNDARIES
-from parnet_engines.check import checked
-from parnet_engines.cuda_session import CudaSession
-from parnet_engines.device_proof import prove_on_devices
+from parnet_engines.cuda.boundary import BOUNDARIES
+from parnet_engines.cuda.session import CudaSession
+from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.engine import NullEngine
-from parnet_engines.lowering import lower
-from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.program import Run
+from parnet_engines.proof.accuracy import LIMITS, assess
+from parnet_engines.proof.device_proof import prove_on_devices
+from parnet_engines.runtimes import torch_engine
+from parnet_engines.schedule.check import checked
+from parnet_engines.schedule.lowering import lower
+from parnet_engines.schedule.placement import Assignment, Lane, Placement
+from parnet_engines.schedule.program import Run
 from parnet_engines.session import Session
-from parnet_engines.tensor_layout import TensorLayout
-from parnet_engines.timeline import analyse
+from parnet_engines.timeline.analysis import analyse
 from parnet_export.errors import InputError
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 from parnet_export.verify import relative_error

@@ -11,14 +11,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from parnet_bench.environment import Environment
-from parnet_bench.measure import measure
-from parnet_bench.procedure import Procedure
-from parnet_bench.result import ProcessRecording, Recording, Result, Row, RowDescription
-from parnet_bench.turn import Turn
+from parnet_bench.machine.environment import Environment
+from parnet_bench.measuring.measure import measure
+from parnet_bench.results.procedure import Procedure
+from parnet_bench.results.result import ProcessRecording, Recording, Result, Row, RowDescription
+from parnet_bench.workers.turn import Turn
 from parnet_engines.clock import FakeClock
-from parnet_engines.cost_table import COSTS_NAME
-from parnet_engines.decision import DECISIONS_NAME
+from parnet_engines.planning.cost_table import COSTS_NAME
+from parnet_engines.planning.decision import DECISIONS_NAME
 from parnet_export.bundle import Provenance, open_bundle
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.family import Entry

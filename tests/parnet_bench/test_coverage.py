@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from parnet_bench.statistics import ratio_of_medians, typical_median
-from parnet_bench.steadiness import drift
+from parnet_bench.stats.statistics import ratio_of_medians, typical_median
+from parnet_bench.stats.steadiness import drift
 
 LATENCY_NS = 150e6
 SMALL, LARGE = 60, 1000

@@ -13,32 +13,35 @@ import msgspec
 import numpy as np
 import pytest
 
-from parnet_bench import latency, loaded_row, worker
-from parnet_bench.cost_columns import HEADINGS, cells_of, costs_of
-from parnet_bench.csv_file import csv_text
-from parnet_bench.device_figures import DeviceFigures
-from parnet_bench.environment import read_environment
-from parnet_bench.html_page import render_page
-from parnet_bench.job import Job
-from parnet_bench.latency import measure_rows
-from parnet_bench.loaded_row import LoadedRow
-from parnet_bench.procedure import Procedure
-from parnet_bench.request import Request
-from parnet_bench.result import RowTimeline, SplitTimes
-from parnet_bench.result_file import as_dict, decode
-from parnet_bench.row_gpus import RowGpus
-from parnet_bench.rows import plan_rows
-from parnet_bench.summary import summarise
-from parnet_bench.table import render
-from parnet_bench.turn import Turn, TurnRequest, one_at_a_time
-from parnet_engines import cuda_engines, cuda_session, ort_cuda
-from parnet_engines.cost_table import WHOLE
-from parnet_engines.cuda_driver import CudaError
-from parnet_engines.cuda_engine import EngineFile
-from parnet_engines.hosted_engine import HostedEngine
-from parnet_engines.layouts import whole_graph
-from parnet_engines.ort import OrtEngine
-from parnet_engines.recording_driver import Call, RecordingDriver
+from parnet_bench.machine.environment import read_environment
+from parnet_bench.measuring import latency
+from parnet_bench.measuring.latency import measure_rows
+from parnet_bench.report.csv_file import csv_text
+from parnet_bench.report.html_page import render_page
+from parnet_bench.report.table import render
+from parnet_bench.results.cost_columns import HEADINGS, cells_of, costs_of
+from parnet_bench.results.procedure import Procedure
+from parnet_bench.results.result import RowTimeline, SplitTimes
+from parnet_bench.results.result_file import as_dict, decode
+from parnet_bench.results.summary import summarise
+from parnet_bench.targets.request import Request
+from parnet_bench.targets.rows import plan_rows
+from parnet_bench.workers import loaded_row, worker
+from parnet_bench.workers.device_figures import DeviceFigures
+from parnet_bench.workers.job import Job
+from parnet_bench.workers.loaded_row import LoadedRow
+from parnet_bench.workers.row_gpus import RowGpus
+from parnet_bench.workers.turn import Turn, TurnRequest, one_at_a_time
+from parnet_engines.cuda import engines as cuda_engines
+from parnet_engines.cuda import session as cuda_session
+from parnet_engines.cuda.driver import CudaError
+from parnet_engines.cuda.engine import EngineFile
+from parnet_engines.cuda.hosted_engine import HostedEngine
+from parnet_engines.cuda.recording_driver import Call, RecordingDriver
+from parnet_engines.planning.cost_table import WHOLE
+from parnet_engines.planning.layouts import whole_graph
+from parnet_engines.runtimes import ort_cuda
+from parnet_engines.runtimes.ort import OrtEngine
 from parnet_export.console import stdout
 
 PLAN_BYTES = 1000

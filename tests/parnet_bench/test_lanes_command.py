@@ -10,15 +10,18 @@ from functools import partial
 import pytest
 import typer
 
-from parnet_bench import lane_comparison, lane_networks, lane_overhead, lanes_command
-from parnet_bench.lane_comparison import DEFAULT_SPEEDUP, Comparison, compare
-from parnet_bench.lane_networks import RESOLUTIONS, SMALL, lane_bundle
-from parnet_bench.lane_overhead import Memory, Overhead, measure_memory, measure_overhead, spread
-from parnet_bench.simulator_check import SimulatorCheck, check_delays, check_engines
-from parnet_engines import cost_measure
+from parnet_bench import lanes_command
+from parnet_bench.lanes import comparison as lane_comparison
+from parnet_bench.lanes import networks as lane_networks
+from parnet_bench.lanes import overhead as lane_overhead
+from parnet_bench.lanes.comparison import DEFAULT_SPEEDUP, Comparison, compare
+from parnet_bench.lanes.networks import RESOLUTIONS, SMALL, lane_bundle
+from parnet_bench.lanes.overhead import Memory, Overhead, measure_memory, measure_overhead, spread
+from parnet_bench.lanes.simulator_check import SimulatorCheck, check_delays, check_engines
 from parnet_engines.clock import MonotonicClock
-from parnet_engines.program import Run
-from parnet_engines.rounds import Ratio
+from parnet_engines.planning import cost_measure
+from parnet_engines.planning.rounds import Ratio
+from parnet_engines.schedule.program import Run
 from parnet_export import console
 from parnet_export.bundle import open_bundle
 
@@ -161,7 +164,7 @@ def test_what_is_not_as_claimed_fails(run, monkeypatch):
 
 def test_predictions_are_told_with_their_errors(run, monkeypatch):
     quick = partial(check_delays, total_ms=12.0)
-    monkeypatch.setattr("parnet_bench.simulator_check.check_delays", quick)
+    monkeypatch.setattr("parnet_bench.lanes.simulator_check.check_delays", quick)
     arguments = ("--network", SMALL, "--repetitions", 1, "--inferences", 3, "--lanes", 1)
     code, out, _ = run("simulator", *arguments)
     assert code in {0, 1}

@@ -12,15 +12,15 @@ import psutil
 import pytest
 import typer
 
-from parnet_bench import latency
 from parnet_bench.cli import app
 from parnet_bench.latency_command import FAILED_EXIT_CODE
-from parnet_bench.measurement import NextTurn
-from parnet_bench.progress import describe
-from parnet_bench.result import RowTimeline
-from parnet_bench.result_file import read_result
-from parnet_bench.row_process import RowFailedError
-from parnet_bench.turn import Turn
+from parnet_bench.measuring import latency
+from parnet_bench.measuring.measurement import NextTurn
+from parnet_bench.measuring.progress import describe
+from parnet_bench.results.result import RowTimeline
+from parnet_bench.results.result_file import read_result
+from parnet_bench.workers.row_process import RowFailedError
+from parnet_bench.workers.turn import Turn
 from parnet_export import console
 
 BRIEF = ("--processes", "1", "--rounds", "3", "--max-time", "2")

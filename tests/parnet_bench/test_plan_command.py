@@ -12,23 +12,23 @@ import torch
 import typer
 
 from parnet_bench import plan_command
-from parnet_bench.forecast import forecast
-from parnet_bench.forecast_inputs import Costs, find_costs, parse_numbers
-from parnet_bench.forecast_table import remarks_on
-from parnet_bench.hypothetical import Changes, Sketch, changed_widths, sketch
-from parnet_engines.bundle_costs import network_of
-from parnet_engines.cost_table import COSTS_NAME, WHOLE, CostTable, SegmentCost, save_costs
-from parnet_engines.links import FREE_LINK, Link
-from parnet_engines.lowering import lower
-from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.program import encode
+from parnet_bench.forecasts.forecast import forecast
+from parnet_bench.forecasts.hypothetical import Changes, Sketch, changed_widths, sketch
+from parnet_bench.forecasts.inputs import Costs, find_costs, parse_numbers
+from parnet_bench.forecasts.table import remarks_on
+from parnet_engines.planning.bundle_costs import network_of
+from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE, CostTable, SegmentCost, save_costs
+from parnet_engines.planning.links import FREE_LINK, Link
+from parnet_engines.schedule.lowering import lower
+from parnet_engines.schedule.placement import Assignment, Lane, Placement
+from parnet_engines.schedule.program import encode
 from parnet_export import console
-from parnet_export.cost import graph_cost
 from parnet_export.errors import InputError
 from parnet_export.export import export_network
 from parnet_export.fuse import fuse_network
+from parnet_export.graphs.cost import graph_cost
 from parnet_export.source import load_network
-from parnet_export.split import split_model
+from parnet_export.splitting.split import split_model
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 MB_LINK = Link("test", 0.0, 1.0)
@@ -429,7 +429,7 @@ def test_what_cannot_be_used_is_said_in_one_line(plan, forked_onnx, arguments, p
 def test_a_hypothetical_network_needs_no_file(plan, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "parnet_bench.forecast_inputs.sketch",
+        "parnet_bench.forecasts.inputs.sketch",
         lambda name, changes, **options: asked.append((name, changes, options)) or NETWORK,
     )
     code, out, _ = plan("--widths", "64, 128", "--blocks", "2,3", "--precision", "fp16")

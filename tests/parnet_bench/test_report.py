@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 
 from parnet_bench.cli import app
-from parnet_bench.cost_columns import costs_of
-from parnet_bench.csv_file import csv_text
-from parnet_bench.energy import Energy
-from parnet_bench.footprint import Footprint
-from parnet_bench.html_page import render_page
-from parnet_bench.markdown_page import render_markdown
-from parnet_bench.page_view import view_of
-from parnet_bench.peaks import Peaks
-from parnet_bench.published import TOP1
-from parnet_bench.published_accuracy import CIFAR10, COCO, IMAGENET, published_accuracy
-from parnet_bench.result import (
+from parnet_bench.machine.energy import Energy
+from parnet_bench.machine.footprint import Footprint
+from parnet_bench.machine.peaks import Peaks
+from parnet_bench.report.csv_file import csv_text
+from parnet_bench.report.html_page import render_page
+from parnet_bench.report.markdown_page import render_markdown
+from parnet_bench.report.page_view import view_of
+from parnet_bench.results.cost_columns import costs_of
+from parnet_bench.results.published import TOP1
+from parnet_bench.results.published_accuracy import CIFAR10, COCO, IMAGENET, published_accuracy
+from parnet_bench.results.result import (
     FailedRow,
     Pipelined,
     ProcessRecording,
@@ -38,15 +38,15 @@ from parnet_bench.result import (
     RowTimeline,
     SplitTimes,
 )
-from parnet_bench.result_file import as_dict, read_result
-from parnet_bench.summary import summarise
-from parnet_bench.used_runtimes import used_runtimes
-from parnet_engines import program, recording
-from parnet_engines.cost_table import CostTable, SegmentCost
-from parnet_engines.links import Link
-from parnet_engines.lowering import lower
-from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.simulate import simulate
+from parnet_bench.results.result_file import as_dict, read_result
+from parnet_bench.results.summary import summarise
+from parnet_bench.results.used_runtimes import used_runtimes
+from parnet_engines.planning.cost_table import CostTable, SegmentCost
+from parnet_engines.planning.links import Link
+from parnet_engines.planning.simulate import simulate
+from parnet_engines.schedule import program, recording
+from parnet_engines.schedule.lowering import lower
+from parnet_engines.schedule.placement import Assignment, Lane, Placement
 from parnet_export import console
 from parnet_export.console import write_json
 from parnet_export.models.catalog import CATALOG
@@ -382,7 +382,7 @@ def test_an_accuracy_of_another_resolution_or_of_unknown_weights_is_not_shown(fu
 
 
 def test_accuracies_of_other_papers_are_of_networks_in_the_catalogue():
-    from parnet_bench.published_accuracy import _OF_OTHER_PAPERS
+    from parnet_bench.results.published_accuracy import _OF_OTHER_PAPERS
 
     for network, accuracy in _OF_OTHER_PAPERS.items():
         assert CATALOG[network][1].resolution == accuracy.resolution

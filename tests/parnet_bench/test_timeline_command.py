@@ -11,13 +11,13 @@ import pytest
 import typer
 
 from parnet_bench import costs_command, timeline_command
-from parnet_bench.timeline_report import typical
-from parnet_engines import cost_measure
-from parnet_engines.bundle_costs import load_bundle_costs
-from parnet_engines.cost_table import COSTS_NAME, WHOLE
-from parnet_engines.machine import describe_machine
-from parnet_engines.placement import Lane
-from parnet_engines.recording import Recording, Span
+from parnet_bench.report.timeline_report import typical
+from parnet_engines.planning import cost_measure
+from parnet_engines.planning.bundle_costs import load_bundle_costs
+from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE
+from parnet_engines.planning.machine import describe_machine
+from parnet_engines.schedule.placement import Lane
+from parnet_engines.schedule.recording import Recording, Span
 from parnet_export import console
 
 CORES = sorted(os.sched_getaffinity(0))

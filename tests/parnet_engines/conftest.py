@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from parnet_export import pipeline
 from parnet_export.bundle import Bundle, Precision
-from parnet_export.split import SplitOptions
+from parnet_export.splitting.split import SplitOptions
 
 
 def write_two_streams(path: Path, batch: int | str, odd_operator: str, seed: int) -> None:

@@ -17,17 +17,13 @@ from typing import NamedTuple
 import pytest
 import typer
 
-from parnet_engines import (
-    build_command,
-    build_progress,
-    bundle_engines,
-    engine_cache,
-    tensorrt_module,
-)
-from parnet_engines.build_place import choose_places
-from parnet_engines.cost_table import WHOLE
-from parnet_engines.engine_sidecar import Verification, read_sidecar, record_verification
-from parnet_engines.tensorrt_options import EngineOptions
+from parnet_engines import build_command
+from parnet_engines.planning.cost_table import WHOLE
+from parnet_engines.tensorrt import build_progress, bundle_engines, engine_cache
+from parnet_engines.tensorrt import module as tensorrt_module
+from parnet_engines.tensorrt.build_place import choose_places
+from parnet_engines.tensorrt.engine_sidecar import Verification, read_sidecar, record_verification
+from parnet_engines.tensorrt.options import EngineOptions
 from parnet_export import console, files
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -418,8 +414,8 @@ def test_an_architecture_that_tensorrt_rtx_lacks_is_refused(build, bundle):
 
 @needs_rtx
 def test_a_machine_without_a_gpu_says_what_needs_none(build, bundle, monkeypatch):
-    from parnet_engines import cuda_bindings
-    from parnet_engines.cuda_driver import CudaError
+    from parnet_engines.cuda import bindings as cuda_bindings
+    from parnet_engines.cuda.driver import CudaError
 
     class Absent:
         def __init__(self):

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 
 from parnet_export import cli, console
 from parnet_export.bundle import open_bundle
-from parnet_export.class_names import imagenet_names
-from parnet_export.input_form import IMAGENET, LETTERBOX, decode_form
+from parnet_export.images.class_names import imagenet_names
+from parnet_export.images.input_form import IMAGENET, LETTERBOX, decode_form
 from parnet_export.models.catalog import CATALOG
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.network import Network

@@ -13,11 +13,11 @@ from torch import nn
 from parnet_engines.detect import Detector
 from parnet_export import cli, console
 from parnet_export.bundle import Provenance, open_bundle
-from parnet_export.class_names import COCO_NAMES
-from parnet_export.detection_form import AnchorLevel, DetectionOutput, Suppression
+from parnet_export.detections.detection_form import AnchorLevel, DetectionOutput, Suppression
 from parnet_export.errors import InputError
 from parnet_export.export import export_onnx
-from parnet_export.input_form import IMAGENET, LETTERBOX
+from parnet_export.images.class_names import COCO_NAMES
+from parnet_export.images.input_form import IMAGENET, LETTERBOX
 from parnet_export.models.batch_norm import randomise_batch_norm
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.models.suppressed_detector import SuppressedDetector

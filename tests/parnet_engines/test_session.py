@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from parnet_engines.check import checked
 from parnet_engines.engine import NullEngine
-from parnet_engines.lowering import lower
-from parnet_engines.placement import Assignment, Lane, Placement
-from parnet_engines.program import encode
+from parnet_engines.schedule.check import checked
+from parnet_engines.schedule.lowering import lower
+from parnet_engines.schedule.placement import Assignment, Lane, Placement
+from parnet_engines.schedule.program import encode
 from parnet_engines.session import SegmentFailedError, SegmentHungError, Session
 from parnet_export.bundle import Bundle, Provenance
 from parnet_export.errors import CheckFailedError, InputError, MissingBackendError
 from parnet_export.pack import write_bundle
-from parnet_export.split import SplitOptions, split_model
+from parnet_export.splitting.split import SplitOptions, split_model
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 if TYPE_CHECKING:

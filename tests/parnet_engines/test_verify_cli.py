@@ -14,7 +14,7 @@ import torch
 import typer
 
 from parnet_engines import cli
-from parnet_engines.bundle_proof import prove_bundle
+from parnet_engines.proof.bundle_proof import prove_bundle
 from parnet_export import bundle as bundle_module
 from parnet_export import console, pipeline
 from parnet_export.bundle import open_bundle

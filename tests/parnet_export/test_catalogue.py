@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
-from parnet_export.census import take_census
-from parnet_export.checkpoint import write_safetensors
+from parnet_export.catalogue.census import take_census
+from parnet_export.checkpoints.checkpoint import write_safetensors
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse, fuse_network
 from parnet_export.models.batch_norm import randomise_batch_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parnet_export.checkpoint import write_safetensors
+from parnet_export.checkpoints.checkpoint import write_safetensors
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.models.parnet_ensemble import EnsembleConfig

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from parnet_export.checkpoint import read_checkpoint, write_safetensors
+from parnet_export.checkpoints.checkpoint import read_checkpoint, write_safetensors
 from parnet_export.errors import InputError
 
 WEIGHTS = {"a.weight": torch.arange(40.0).reshape(4, 10), "b": torch.ones(3, dtype=torch.bfloat16)}

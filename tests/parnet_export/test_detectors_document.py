@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from parnet_export.census import take_census
+from parnet_export.catalogue.census import take_census
 from parnet_export.models.catalog import CATALOG
 
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from torch import nn
 
-from parnet_export.detection_form import Suppression
+from parnet_export.detections.detection_form import Suppression
 from parnet_export.export import export_onnx
 from parnet_export.models.catalog import CATALOG, FAMILIES
 from parnet_export.models.parnet_detector import ParNetDetectorConfig

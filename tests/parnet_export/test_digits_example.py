@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from parnet_export import cli, console
-from parnet_export.checkpoint import read_checkpoint
+from parnet_export.checkpoints.checkpoint import read_checkpoint
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse_network
 from parnet_export.models.parnet import ParNet, ParNetConfig

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from parnet_export.antichain import heaviest_antichain
 from parnet_export.bundle import Bundle, Manifest, Provenance, StoredFile
 from parnet_export.console import encode_json
 from parnet_export.inspection import as_dict, inspect, render
+from parnet_export.splitting.antichain import heaviest_antichain
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 
@@ -297,7 +297,7 @@ def test_the_heaviest_antichain_is_what_trying_every_set_of_segments_finds(case)
 
 def test_inspecting_loads_neither_torch_nor_onnx_nor_rich():
     code = (
-        "import sys, parnet_export.inspection, parnet_export.picture; "
+        "import sys, parnet_export.inspection, parnet_export.pictures.picture; "
         "print(sorted({'torch', 'onnx', 'onnx_ir', 'rich', 'numpy'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

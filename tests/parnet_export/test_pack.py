@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from parnet_export import pack
 from parnet_export.bundle import Bundle, Provenance, open_bundle
-from parnet_export.cost import graph_cost
 from parnet_export.errors import CheckFailedError, InputError, MissingBackendError
-from parnet_export.onnx_graph import load_onnx, prepare, tensor_spec
+from parnet_export.graphs.cost import graph_cost
+from parnet_export.graphs.onnx_graph import load_onnx, prepare, tensor_spec
 from parnet_export.pack import write_bundle, write_onnx
-from parnet_export.split import Split, split_model
+from parnet_export.splitting.split import Split, split_model
 from parnet_export.stream_graph import Segment, StreamGraph
 from parnet_export.weights_file import (
     ALIGNMENT_BYTES,

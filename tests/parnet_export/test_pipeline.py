@@ -14,7 +14,7 @@ from parnet_export.bundle import Provenance, open_bundle
 from parnet_export.errors import InputError
 from parnet_export.export import export_onnx
 from parnet_export.fuse import fuse
-from parnet_export.input_form import INPUT_FORM_KEY, LETTERBOX, encode_form
+from parnet_export.images.input_form import INPUT_FORM_KEY, LETTERBOX, encode_form
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.pipeline import beside, count_classes, export_graph, make_bundle, read_graph
 from parnet_export.source import load_network

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parnet_export.checkpoint import write_safetensors
+from parnet_export.checkpoints.checkpoint import write_safetensors
 from parnet_export.errors import InputError
 from parnet_export.fuse import fuse_network
-from parnet_export.input_form import IMAGENET, InputForm
+from parnet_export.images.input_form import IMAGENET, InputForm
 from parnet_export.models.catalog import CATALOG
 from parnet_export.models.parnet import ParNetConfig
 from parnet_export.network import HEADER_KEY, Header

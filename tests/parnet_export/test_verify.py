@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 from onnx import TensorProto, helper, numpy_helper
 
 from parnet_export.errors import CheckFailedError, InputError, MissingBackendError
-from parnet_export.onnx_runtime import open_session
+from parnet_export.graphs.onnx_runtime import open_session
 from parnet_export.samples import LARGE_MAGNITUDE, Sample, batch_symbol, make_samples
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 from parnet_export.verify import (

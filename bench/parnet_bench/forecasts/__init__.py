@@ -1,0 +1,1 @@
+"""Predictions for other numbers of devices and other networks."""

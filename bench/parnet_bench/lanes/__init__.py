@@ -1,0 +1,1 @@
+"""What lanes cost and gain on CPUs, and how well the simulator foresees it."""

@@ -1,0 +1,1 @@
+"""Rounds over rows until the intervals are tight."""

@@ -1,0 +1,1 @@
+"""Results of the bench: their schema, what follows from them, and what was published."""

@@ -1,0 +1,1 @@
+"""Checks and engine comparisons that users run on their own devices."""

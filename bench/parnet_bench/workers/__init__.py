@@ -1,0 +1,1 @@
+"""Processes that each hold one row and run it when asked."""

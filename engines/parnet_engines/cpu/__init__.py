@@ -1,0 +1,1 @@
+"""Lanes on the cores of a CPU."""

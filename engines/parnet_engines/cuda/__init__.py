@@ -1,0 +1,1 @@
+"""Lanes on CUDA streams of one or several GPUs."""

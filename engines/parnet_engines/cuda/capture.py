@@ -1,0 +1,66 @@
+"""Capturing what is enqueued on CUDA streams in a graph, without leaving a capture open."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from parnet_engines.cuda.driver import CudaDriver
+
+
+def capture(driver: CudaDriver, device: int, stream: int, enqueue: Callable[[], None]) -> int:
+    """Return an executable graph of what a function enqueues.
+
+    Parameters
+    ----------
+    driver
+        The driver.
+    device
+        The device of the stream; its context is current.
+    stream
+        Where the capture begins and ends. Other streams join in by waiting for an event
+        of this one, and come back the same way.
+    enqueue
+        Enqueues everything, on any of these streams.
+
+    Raises
+    ------
+    Exception
+        Whatever refused the capture. None is open then, and no graph is left.
+    """
+    with _without_collector():
+        driver.begin_capture(stream)
+        try:
+            enqueue()
+            graph = driver.end_capture(stream)
+        except BaseException:
+            driver.abort_capture(stream)
+            raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(driver.destroy_graph, device, graph)
+        executable = driver.instantiate(device, graph)
+        try:
+            undo.close()
+        except BaseException:
+            driver.destroy_executable(device, executable)
+            raise
+    return executable
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's collector off meanwhile.
+
+    What it collects may release memory of the GPU, which CUDA forbids during a capture.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""From costs, devices and links to a plan."""

@@ -1,0 +1,1 @@
+"""Whether engines on a device compute what they should."""

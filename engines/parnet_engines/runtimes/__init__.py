@@ -1,0 +1,1 @@
+"""Engines, one module for each runtime that computes them."""

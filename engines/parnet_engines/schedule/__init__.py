@@ -1,0 +1,1 @@
+"""Schedules as data: programs, what they mean, and whether they are right."""

@@ -1,0 +1,79 @@
+"""Find the engine of a bundle that runs on a given GPU, or say why none does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from parnet_engines.tensorrt.engine_cache import (
+    ENGINES_FOLDER,
+    build_command,
+    onnx_path,
+    sidecar_name,
+    this_platform,
+)
+from parnet_engines.tensorrt.engine_sidecar import describe_gpu, misfit, read_sidecar
+from parnet_engines.tensorrt.module import LABELS
+from parnet_engines.tensorrt.options import target_of
+from parnet_export.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from parnet_engines.cuda.driver import Gpu
+    from parnet_engines.tensorrt.engine_sidecar import Sidecar
+    from parnet_engines.tensorrt.module import TensorRt
+    from parnet_engines.tensorrt.options import EngineOptions
+    from parnet_export.bundle import Bundle
+
+
+def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: EngineOptions) -> Path:
+    """Return the sidecar of an engine that runs on a GPU; one built for just that GPU if any.
+
+    Parameters
+    ----------
+    bundle
+        The bundle.
+    name
+        A segment, or the whole graph by the name `WHOLE`.
+    trt
+        What is to run it.
+    gpu
+        Where.
+    options
+        Boundary and auxiliary streams tell engines apart; the rest does not matter here.
+
+    Raises
+    ------
+    InputError
+        When there is none: what there is was built for something else, which one sentence
+        names, along with the command that rebuilds it.
+    """
+    backend = trt.backend
+    exact = target_of(backend, gpu).folder
+    found = sorted(
+        bundle.path.glob(f"{ENGINES_FOLDER}/{backend}-*/{sidecar_name(name, options)}"),
+        key=lambda path: (path.parent.name != exact, path),
+    )
+    reasons = []
+    for path in found:
+        sidecar = read_sidecar(path)
+        if sidecar.recipe.target.backend != backend:
+            continue
+        reason = _changed(bundle, name, sidecar) or misfit(
+            sidecar, version=trt.version, platform=this_platform(), gpu=gpu
+        )
+        if not reason:
+            return path
+        reasons.append((path, f"the engine was {sidecar.built_for}, and {reason}"))
+    command = build_command(bundle.path, name, backend, gpu.ordinal, options)
+    if reasons:
+        raise InputError(*reasons[0], f"Build it again: {command}")
+    problem = f"holds no {LABELS[backend]} engine of {name!r} for {describe_gpu(gpu)}"
+    raise InputError(bundle.path, problem, f"Build it: {command}")
+
+
+def _changed(bundle: Bundle, name: str, sidecar: Sidecar) -> str:
+    graph = bundle.manifest.files[onnx_path(bundle, name).name]
+    if sidecar.recipe.onnx_sha256 != graph.sha256:
+        return "the bundle's graph has changed since"
+    return ""

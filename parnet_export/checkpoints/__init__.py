@@ -1,0 +1,1 @@
+"""Files that trained networks come in."""

@@ -1,0 +1,1 @@
+"""The forms that detections take, and how they are compared."""

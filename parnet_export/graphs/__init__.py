@@ -1,0 +1,1 @@
+"""ONNX graphs: reading, shapes, types, cost and running them."""

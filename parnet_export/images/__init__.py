@@ -1,0 +1,1 @@
+"""From image files to the inputs of networks, and names for what comes out."""

@@ -1,0 +1,1 @@
+"""Drawings of stream graphs, timelines and boxes."""

@@ -1,0 +1,1 @@
+"""From one graph to segments that can run in parallel."""

@@ -1,0 +1,536 @@
+"""The TensorRT engine against a module that records what is asked of it: nothing here has a GPU.
+
+The fake has what NVIDIA's manuals say of `tensorrt` 10 and 11, and what `tensorrt_rtx` has.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from parnet_engines.cuda.engine import CudaEngine, DeviceTensor
+from parnet_engines.cuda.recording_driver import RecordingDriver
+from parnet_engines.cuda.tensor_layout import TensorLayout
+from parnet_engines.planning.cost_table import WHOLE
+from parnet_engines.tensorrt import engine_cache
+from parnet_engines.tensorrt import run as tensorrt_run
+from parnet_engines.tensorrt.engine_cache import recipe_of, sidecar_path, store
+from parnet_engines.tensorrt.engine_sidecar import (
+    SCHEMA_VERSION,
+    EngineTensor,
+    Sidecar,
+    read_sidecar,
+)
+from parnet_engines.tensorrt.module import TensorRt
+from parnet_engines.tensorrt.options import EngineOptions, SizeRange, Target, target_of
+from parnet_engines.tensorrt.run import EnqueueRefusedError, TensorRtEngine, load_engines
+from parnet_export.bundle import open_bundle
+from parnet_export.errors import InputError
+
+VERSIONS = {"tensorrt": "10.9.0.34", "tensorrt-rtx": "1.7.1.116"}
+STREAM = 4096
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return self.name
+
+
+class FakeTensorRt:
+    """A TensorRT module; `answers` replaces what a call returns."""
+
+    def __init__(self, driver, *, rtx=False, oldest=False, layouts=None, answers=None):
+        self.calls = []
+        self.contexts = []
+        self.driver = driver
+        self.layouts = layouts or {}
+        self.answers = answers or {}
+        self.output_shapes = {}
+        module = self
+
+        def note(verb, *operands, default=None):
+            module.calls.append((verb, *operands))
+            assert module.driver.current() == module.driver.wanted, verb
+            return module.answers.get(verb, default)
+
+        class ILogger:
+            VERBOSE, INFO, ERROR, INTERNAL_ERROR = map(
+                Named, ("VERBOSE", "INFO", "ERROR", "INTERNAL_ERROR")
+            )
+
+        class Context:
+            def __init__(self):
+                module.contexts.append(weakref.ref(self))
+
+            def set_input_shape(self, name, shape):
+                return note("set_input_shape", name, shape, default=True)
+
+            def get_tensor_shape(self, name):
+                return note("get_tensor_shape", name, default=module.output_shapes.get(name))
+
+            def set_tensor_address(self, name, address):
+                return note("set_tensor_address", name, address, default=True)
+
+            def execute_async_v3(self, stream_handle):
+                return note("execute_async_v3", stream_handle, default=True)
+
+        class Cache:
+            def deserialize(self, blob):
+                return note("deserialize_cache", bytes(blob), default=True)
+
+            def serialize(self):
+                return note("serialize_cache", default=b"kernels")
+
+        class Config:
+            def __init__(self):
+                self.cuda_graph_strategy = None
+
+            def create_runtime_cache(self):
+                note("create_runtime_cache")
+                return Cache()
+
+            def set_runtime_cache(self, _):
+                return note("set_runtime_cache", default=True)
+
+        class Engine:
+            num_aux_streams = 2
+            device_memory_size = 1111
+
+            def get_tensor_format(self, name):
+                return Named(module.layouts.get(name, "LINEAR"))
+
+            def create_execution_context(self, *arguments):
+                strategies = [a.cuda_graph_strategy for a in arguments]
+                made = note("create_execution_context", *strategies, default=Context)
+                return made and made()
+
+        if not oldest:
+            Engine.device_memory_size_v2 = 2222
+        if rtx:
+            Engine.create_runtime_config = lambda _: Config()
+            self.CudaGraphStrategy = SimpleNamespace(DISABLED=Named("DISABLED"))
+
+        class Runtime:
+            engine_host_code_allowed = False
+
+            def __init__(self, logger):
+                self.logger = logger
+
+            def deserialize_cuda_engine(self, plan):
+                made = note("deserialize", plan, self.engine_host_code_allowed, default=Engine)
+                if made is None:
+                    self.logger.log(ILogger.ERROR, "Error Code 1: Serialization (magic tag)")
+                return made and made()
+
+        self.ILogger, self.Runtime = ILogger, Runtime
+
+
+class Driver(RecordingDriver):
+    """Three GPUs of one kind, and one that TensorRT must find current."""
+
+    def __init__(self, wanted=1):
+        super().__init__(3)
+        self.wanted = wanted
+
+    def current(self):
+        return self._stack[-1] if self._stack else None
+
+
+@pytest.fixture
+def driver():
+    return Driver()
+
+
+def install(bundle, name, driver, *, backend="tensorrt", options=None, layouts=None, **changes):
+    """Store an engine for a segment as `build` does, with any bytes for a plan."""
+    options = options or EngineOptions()
+    target = changes.pop("target", None) or target_of(backend, driver.gpus()[1])
+    recipe = recipe_of(bundle, name, target, options, VERSIONS[backend])
+    segment = bundle.stream_graph[name] if name != WHOLE else bundle.stream_graph
+    tensors = tuple(
+        EngineTensor(
+            spec.name,
+            spec.dtype,
+            spec.shape,
+            "input" if spec in segment.inputs else "output",
+            (layouts or {}).get(spec.name, TensorLayout.LINEAR).label,
+            0,
+        )
+        for spec in (*segment.inputs, *segment.outputs)
+    )
+    path = sidecar_path(bundle, target, name, options)
+    sidecar = Sidecar(
+        SCHEMA_VERSION, replace(recipe, **changes), "", "", 0, tensors, 1.0, "2026-01-01"
+    )
+    store(path, b"the plan of " + name.encode(), sidecar)
+    return path
+
+
+def tensors_of(engine, device=1, batch=1):
+    """Return device tensors for all that an engine reads and writes, at made-up addresses."""
+    made = [
+        DeviceTensor(
+            spec.name,
+            spec.dtype,
+            spec.resolve({"batch": batch}),
+            1000 + 100 * index,
+            device,
+            engine.layout(spec.name),
+        )
+        for index, spec in enumerate((*engine.inputs, *engine.outputs))
+    ]
+    count = len(engine.inputs)
+    return made[:count], made[count:]
+
+
+def load(bundle, name, driver, module, backend="tensorrt", **options):
+    path = install(bundle, name, driver, backend=backend, **options)
+    trt = TensorRt(backend, module, VERSIONS[backend])
+    return TensorRtEngine(trt, bundle.stream_graph[name], path, driver, 1)
+
+
+@pytest.fixture
+def bundle(make_two_streams, tmp_path):
+    return make_two_streams(tmp_path)
+
+
+# ------------------------------------------------------------------------- the call sequence
+
+
+def test_an_engine_is_bound_once_and_enqueued_often(bundle, driver):
+    module = FakeTensorRt(driver)
+    engine: CudaEngine = load(bundle, "head", driver, module)
+    enqueue = engine.bind(*tensors_of(engine))
+    driver.push_context(1)  # as the interpreter does
+    enqueue(STREAM)
+    enqueue(STREAM + 8)
+    driver.pop_context()
+    assert module.calls == [
+        ("deserialize", b"the plan of head", False),
+        ("create_execution_context",),
+        ("set_tensor_address", "a1", 1000),
+        ("set_tensor_address", "b1", 1100),
+        ("set_tensor_address", "logits", 1200),
+        ("execute_async_v3", STREAM),
+        ("execute_async_v3", STREAM + 8),
+    ]
+    engine.close()
+    assert driver.open_resources == {}
+    segment = bundle.stream_graph["head"]
+    assert (engine.name, engine.device) == ("head", 1)
+    assert (engine.inputs, engine.outputs) == (segment.inputs, segment.outputs)
+
+
+def test_tensorrt_rtx_makes_no_graphs_of_its_own_and_keeps_its_kernels(bundle, driver):
+    module = FakeTensorRt(driver, rtx=True)
+    engine = load(bundle, "stem", driver, module, "tensorrt-rtx")
+    for _ in range(2):
+        engine.bind(*tensors_of(engine))
+    engine.close()
+    assert [
+        str(call[-1]) if call[0] == "create_execution_context" else call[0] for call in module.calls
+    ] == [
+        "deserialize",
+        "create_runtime_cache",
+        "set_runtime_cache",
+        "DISABLED",
+        "set_tensor_address",
+        "set_tensor_address",
+        "DISABLED",
+        "set_tensor_address",
+        "set_tensor_address",
+        "serialize_cache",
+    ]
+    kernels = engine.path.with_suffix(".kernels")
+    assert kernels.read_bytes() == b"kernels"
+    again = FakeTensorRt(driver, rtx=True, answers={"deserialize_cache": False})
+    trt = TensorRt("tensorrt-rtx", again, VERSIONS["tensorrt-rtx"])
+    second = TensorRtEngine(trt, bundle.stream_graph["stem"], engine.path, driver, 1)
+    second.bind(*tensors_of(second))
+    # Kernels of another GPU are refused, which is no error.
+    assert ("deserialize_cache", b"kernels") in again.calls
+    second.close()
+
+
+def test_an_engine_that_was_never_bound_writes_no_kernels(bundle, driver):
+    engine = load(bundle, "stem", driver, FakeTensorRt(driver, rtx=True), "tensorrt-rtx")
+    engine.close()
+    assert not engine.path.with_suffix(".kernels").exists()
+
+
+def test_a_dynamic_batch_gets_its_shapes_before_its_addresses(make_two_streams, tmp_path, driver):
+    bundle = make_two_streams(tmp_path, batch="batch")
+    module = FakeTensorRt(driver)
+    options = EngineOptions(sizes={"batch": SizeRange(1, 2, 4)})
+    engine = load(bundle, "head", driver, module, options=options)
+    module.output_shapes["logits"] = [3, 12]
+    engine.bind(*tensors_of(engine, batch=3))
+    assert module.calls[1:] == [
+        ("create_execution_context",),
+        ("set_input_shape", "a1", (3, 12, 64, 64)),
+        ("set_input_shape", "b1", (3, 12, 64, 64)),
+        ("get_tensor_shape", "logits"),
+        ("set_tensor_address", "a1", 1000),
+        ("set_tensor_address", "b1", 1100),
+        ("set_tensor_address", "logits", 1200),
+    ]
+    module.output_shapes["logits"] = [2, 12]
+    with pytest.raises(ValueError, match=r"of shape \(2, 12\), and there is memory for \(3, 12\)"):
+        engine.bind(*tensors_of(engine, batch=3))
+    module.answers["set_input_shape"] = False
+    with pytest.raises(InputError, match=r"refuses shape \(9, 12, 64, 64\) of tensor 'a1'"):
+        engine.bind(*tensors_of(engine, batch=9))
+    engine.close()
+
+
+def test_each_binding_has_a_context_and_closing_releases_all(bundle, driver):
+    module = FakeTensorRt(driver)
+    engine = load(bundle, "stem", driver, module)
+    first, second = (engine.bind(*tensors_of(engine)) for _ in range(2))
+    gc.collect()
+    assert [context() is not None for context in module.contexts] == [True, True]
+    assert first.context is not second.context
+    engine.close()
+    engine.close()
+    gc.collect()
+    # The bindings are still there; their memory on the GPU is not.
+    assert [context() for context in module.contexts] == [None, None]
+    assert driver.open_resources == {}
+    for closed in (lambda: first(STREAM), lambda: engine.bind(*tensors_of(engine))):
+        with pytest.raises(ValueError, match="engine 'stem' is closed"):
+            closed()
+
+
+def test_memory_and_streams_are_told(bundle, driver):
+    engine = load(bundle, "stem", driver, FakeTensorRt(driver))
+    assert (engine.context_memory_bytes, engine.aux_streams) == (2222, 2)
+    oldest = FakeTensorRt(driver, oldest=True)
+    assert load(bundle, "stem", driver, oldest).context_memory_bytes == 1111
+
+
+def test_the_file_is_the_plan_that_the_sidecar_names(bundle, driver):
+    engine = load(bundle, "stem", driver, FakeTensorRt(driver))
+    assert engine.file.path.read_bytes() == b"the plan of stem"
+    assert engine.file.size_bytes == engine.file.path.stat().st_size
+
+
+def test_a_version_compatible_plan_may_bring_its_runtime(bundle, driver):
+    module = FakeTensorRt(driver)
+    options = EngineOptions(version_compatible=True)
+    load(bundle, "stem", driver, module, options=options)
+    assert module.calls == [("deserialize", b"the plan of stem", True)]
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+def test_a_refused_enqueue_is_an_error_of_its_own(bundle, driver):
+    module = FakeTensorRt(driver, answers={"execute_async_v3": False})
+    engine = load(bundle, "stem", driver, module)
+    enqueue = engine.bind(*tensors_of(engine))
+    driver.push_context(1)
+    with pytest.raises(EnqueueRefusedError, match="refused to enqueue engine 'stem'"):
+        enqueue(STREAM)
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_no_engine_runs_on_a_default_stream(bundle, driver, stream):
+    module = FakeTensorRt(driver)
+    engine = load(bundle, "stem", driver, module)
+    enqueue = engine.bind(*tensors_of(engine))
+    with pytest.raises(ValueError, match="no default CUDA stream"):
+        enqueue(stream)
+    assert "execute_async_v3" not in [call[0] for call in module.calls]
+
+
+def test_an_engine_that_does_not_load_says_what_it_is_and_how_to_rebuild_it(bundle, driver):
+    module = FakeTensorRt(driver, answers={"deserialize": None})
+    with pytest.raises(InputError) as caught:
+        load(bundle, "stem", driver, module)
+    text = str(caught.value)
+    assert "built for Recorder 1 (compute capability 9.0) by TensorRT 10.9.0.34" in text
+    assert "device 1 cannot load it (Error Code 1: Serialization (magic tag))" in text
+    assert f"parnet-export build {bundle.path} --backend tensorrt --devices 1." in text
+    assert driver.open_resources == {}
+
+
+def test_a_plan_with_a_flipped_byte_never_reaches_tensorrt(bundle, driver):
+    path = install(bundle, "stem", driver)
+    plan = path.with_name(read_sidecar(path).plan)
+    plan.write_bytes(b"The plan of stem")
+    module = FakeTensorRt(driver)
+    trt = TensorRt("tensorrt", module, VERSIONS["tensorrt"])
+    with pytest.raises(InputError, match="its digest differs"):
+        TensorRtEngine(trt, bundle.stream_graph["stem"], path, driver, 1)
+    assert module.calls == driver.calls == []
+    plan.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        TensorRtEngine(trt, bundle.stream_graph["stem"], path, driver, 1)
+
+
+def test_a_layout_that_the_sidecar_does_not_know_is_refused(bundle, driver):
+    module = FakeTensorRt(driver, layouts={"stem": "CHW32"})
+    with pytest.raises(InputError, match="tensor 'stem' is CHW32, and LINEAR in the sidecar"):
+        load(bundle, "stem", driver, module)
+    assert driver.open_resources == {}
+
+
+def test_vectors_of_channels_are_bound_as_such(make_two_streams, tmp_path, driver):
+    bundle = make_two_streams(tmp_path, precision="fp16")
+    module = FakeTensorRt(driver, layouts={"stem": "HWC8"})
+    layouts = {"stem": TensorLayout.HWC8}
+    options = EngineOptions(boundary="vector")
+    engine = load(bundle, "stem", driver, module, options=options, layouts=layouts)
+    inputs, outputs = tensors_of(engine)
+    assert outputs[0].layout is TensorLayout.HWC8
+    assert outputs[0].size_bytes == 16 * 64 * 64 * 2
+    engine.bind(inputs, outputs)
+    with pytest.raises(ValueError, match=r"wants .* in TensorLayout\.HWC8"):
+        engine.bind(inputs, [replace(outputs[0], layout=TensorLayout.LINEAR)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"dtype": "float16"},
+        {"device": 0},
+        {"shape": (1, 3, 64, 32)},
+        {"shape": (1, 3, 64)},
+    ],
+)
+def test_memory_that_is_not_what_an_engine_reads_is_refused(bundle, driver, change):
+    module = FakeTensorRt(driver)
+    engine = load(bundle, "stem", driver, module)
+    inputs, outputs = tensors_of(engine)
+    with pytest.raises(ValueError, match="engine 'stem' wants"):
+        engine.bind([replace(inputs[0], **change)], outputs)
+    assert [call[0] for call in module.calls] == ["deserialize"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "answer", "problem"),
+    [
+        ("create_execution_context", None, "refuses another execution context on device 1"),
+        ("set_tensor_address", False, "refuses the address of tensor 'image' on device 1"),
+    ],
+)
+def test_what_tensorrt_refuses_while_binding_is_named(bundle, driver, verb, answer, problem):
+    module = FakeTensorRt(driver, answers={verb: answer})
+    engine = load(bundle, "stem", driver, module)
+    with pytest.raises(InputError, match=problem):
+        engine.bind(*tensors_of(engine))
+    engine.close()
+    assert driver.open_resources == {}
+
+
+# ---------------------------------------------------------------------- finding and loading
+
+
+@pytest.fixture
+def tensorrt(monkeypatch, driver):
+    """Have both backends installed, as fakes."""
+    modules = {
+        "tensorrt": FakeTensorRt(driver),
+        "tensorrt-rtx": FakeTensorRt(driver, rtx=True),
+    }
+    monkeypatch.setattr(
+        tensorrt_run, "choose_backend", lambda wanted: "tensorrt" if wanted == "auto" else wanted
+    )
+    monkeypatch.setattr(
+        tensorrt_run, "import_tensorrt", lambda b: TensorRt(b, modules[b], VERSIONS[b])
+    )
+    return modules
+
+
+def test_engines_are_loaded_by_segment(bundle, driver, tensorrt):
+    names = ["stem", "stream1", WHOLE]
+    for name in names:
+        install(bundle, name, driver)
+    engines = load_engines(bundle, names, driver, 1)
+    assert list(engines) == names
+    assert [call[1] for call in tensorrt["tensorrt"].calls] == [
+        b"the plan of stem",
+        b"the plan of stream1",
+        b"the plan of whole",
+    ]
+    assert engines[WHOLE].outputs == bundle.stream_graph.outputs
+    for engine in engines.values():
+        engine.close()
+    assert driver.open_resources == {}
+
+
+def test_engines_that_were_loaded_before_a_refused_one_are_closed(bundle, driver, tensorrt):
+    for name in ("stem", "head"):
+        install(bundle, name, driver)
+    path = sidecar_path(bundle, target_of("tensorrt", driver.gpus()[1]), "head", EngineOptions())
+    path.with_name(read_sidecar(path).plan).write_bytes(b"broken")
+    with pytest.raises(InputError, match="its digest differs"):
+        load_engines(bundle, ["stem", "head"], driver, 1)
+    assert driver.open_resources == {}
+
+
+def test_the_engine_for_just_this_gpu_is_preferred(bundle, driver, tensorrt):
+    general = install(bundle, "stem", driver, backend="tensorrt-rtx", target=Target("tensorrt-rtx"))
+    both = Target("tensorrt-rtx", ("8.0", "9.0"))
+    several = install(bundle, "stem", driver, backend="tensorrt-rtx", target=both)
+    found = []
+    for _ in range(2):
+        engines = load_engines(bundle, ["stem"], driver, 1, backend="tensorrt-rtx")
+        found.append(engines["stem"].path)
+        exact = install(bundle, "stem", driver, backend="tensorrt-rtx")
+    assert found == [general, exact]
+    assert several not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"target": Target("tensorrt", ("8.0",), "NVIDIA A100")},
+            (
+                "for NVIDIA A100 (compute capability 8.0) by TensorRT 10.9.0.34 on {here}, and "
+                "device 1 is Recorder 1 (compute capability 9.0)"
+            ),
+        ),
+        ({"version": "10.8.0.1"}, "by TensorRT 10.8.0.1 on {here}, and TensorRT 10.9.0.34 is"),
+        ({"platform": "windows-amd64"}, "on windows-amd64, and this is {here}"),
+        ({"onnx_sha256": "0" * 64}, "and the bundle's graph has changed since"),
+    ],
+)
+def test_an_engine_that_does_not_fit_says_for_what_it_was_built(
+    bundle, driver, tensorrt, changes, reason
+):
+    install(bundle, "stem", driver, **changes)
+    with pytest.raises(InputError) as caught:
+        load_engines(bundle, ["stem"], driver, 1)
+    assert reason.format(here=engine_cache.this_platform()) in str(caught.value)
+    command = f"parnet-export build {bundle.path} --backend tensorrt --devices 1"
+    assert caught.value.remedy == f"Build it again: {command}"
+    assert driver.open_resources == {}
+    assert tensorrt["tensorrt"].calls == []
+
+
+def test_an_engine_that_is_not_there_names_the_command_that_builds_it(bundle, driver, tensorrt):
+    install(bundle, "stem", driver)
+    with pytest.raises(
+        InputError, match="holds no TensorRT engine of 'stem' for Recorder 1"
+    ) as caught:
+        load_engines(bundle, ["stem"], driver, 1, boundary="vector", max_aux_streams=3)
+    flags = "--devices 1 --max-aux-streams 3 --boundary vector"
+    assert caught.value.remedy.endswith(f"--backend tensorrt {flags}")
+
+
+def test_the_plan_is_the_one_the_sidecar_names(bundle, driver):
+    path = install(bundle, "stem", driver)
+    digest = hashlib.sha256(b"the plan of stem").hexdigest()
+    assert read_sidecar(path).plan_sha256 == digest
+    assert open_bundle(bundle.path).manifest == bundle.manifest  # engines are no part of it
