@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from parnet_bench.report.markdown_table import markdown_table, markdown_text
@@ -10,7 +11,7 @@ from parnet_bench.results.published import PAPER
 from parnet_export.console import format_count, format_ratio, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import Group
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from parnet_bench.results.result import Result
 
 _NONE = "-"
-_SPEEDS = frozenset({"ms", "samples/s", "speed-up", "95 %"})
+_WIDTH = 78
+"""Characters of a line that a terminal surely has."""
+
+_LABEL_WIDTH = 20
+_PADDING = 3
+"""Spaces and line of each column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +98,35 @@ def render(comparison: Comparison, result: Result) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    columns = columns_of(comparison)
-    speeds = [column for column in columns if column.heading in _SPEEDS]
     tables = []
-    for shown in (speeds, [column for column in columns if column not in speeds]):
-        table = Table(title_justify="left")
-        table.add_column("", min_width=12, overflow="fold")
+    for shown in _by_width(columns_of(comparison)):
+        table = Table()
+        table.add_column("", min_width=12, max_width=_LABEL_WIDTH)
         for column in shown:
-            table.add_column(f"{column.heading}\n{column.origin}", justify="right")
+            table.add_column(f"{column.heading}\n{column.origin}", justify="right", no_wrap=True)
         for number, row in enumerate(comparison.rows):
             table.add_row(printable(label_of(row)), *(column.cells[number] for column in shown))
         tables.append(table)
     remarks = (Text(printable(line)) for line in remarks_on(comparison, result))
     return Group(Text(printable(title_of(comparison))), *tables, *remarks)
+
+
+def _by_width(columns: Iterable[Column]) -> list[list[Column]]:
+    """Return the columns in as many tables as make each narrow enough, headings together."""
+    tables: list[list[Column]] = []
+    left = 0
+    for _, group in groupby(columns, key=lambda column: column.heading):
+        together = list(group)
+        width = sum(
+            _PADDING + max(map(len, (column.heading, column.origin, *column.cells)))
+            for column in together
+        )
+        if not tables or width > left:
+            tables.append([])
+            left = _WIDTH - _LABEL_WIDTH - _PADDING
+        tables[-1] += together
+        left -= width
+    return tables
 
 
 def markdown(comparison: Comparison, result: Result) -> str:
@@ -183,15 +205,15 @@ _Figure = tuple[str, str, "Callable[[PaperRow], str]"]
 _FIGURES: tuple[_Figure, ...] = (
     ("ms", "paper", lambda row: _digits(row.published.latency_or_inverse_ms)),
     ("ms", "here", lambda row: _digits(row.measured.latency_ms if row.measured else None)),
+    ("speed-up", "paper", lambda row: _ratio(row.published_speedup)),
+    ("speed-up", "here", _measured_ratio),
+    ("95 %", "here", _ratio_interval),
     ("samples/s", "paper", lambda row: _digits(row.published.samples_per_s)),
     (
         "samples/s",
         "here",
         lambda row: _digits(row.measured.samples_per_s if row.measured else None),
     ),
-    ("speed-up", "paper", lambda row: _ratio(row.published_speedup)),
-    ("speed-up", "here", _measured_ratio),
-    ("95 %", "here", _ratio_interval),
     ("parameters", "paper", lambda row: _count(row.published.parameters)),
     ("parameters", "here", lambda row: _count(row.measured.parameters if row.measured else None)),
     ("FLOPs", "paper", lambda row: _count(row.published.flops)),

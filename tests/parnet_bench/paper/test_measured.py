@@ -123,7 +123,28 @@ def test_tables_say_the_same_in_every_form(comparison, measured, capsys):
     assert "The paper prints speeds" in texts[0]
     console.stdout.cache_clear()
     console.stdout().print(paper_table.render(comparison, measured))
-    assert "Not measured, not in the catalogue: OtherNet." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Not measured, not in the catalogue: OtherNet." in printed
+    for column in paper_table.columns_of(comparison):
+        assert all(cell in printed for cell in column.cells)
+
+
+def test_a_table_for_people_fits_a_terminal_however_many_columns_it_has(
+    comparison, measured, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    published = replace(
+        comparison.rows[0].published, parameters=85_000_000, flops=41.5e9, depth=12, top1=75.01
+    )
+    rows = tuple(replace(row, published=published) for row in comparison.rows)
+    wide = replace(comparison, rows=rows)
+    console.stdout.cache_clear()
+    console.stdout().print(paper_table.render(wide, measured))
+    printed = capsys.readouterr().out
+    console.stdout.cache_clear()
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    for column in paper_table.columns_of(wide):
+        assert all(cell in printed for cell in column.cells)
 
 
 def test_a_page_shows_names_as_they_are_and_runs_nothing(comparison, measured):
