@@ -40,7 +40,7 @@ def test_what_arguments_leave_open_is_the_default():
         {"mean": [1, 2], "std": "wide", "crop_pct": "most", "interpolation": "random"},
         {"std": [0.0]},
         {"crop_pct": 7},
-        {"mean": [object()]},
+        pytest.param({"mean": [object()]}, id="mean of an object"),
     ],
     ids=str,
 )
