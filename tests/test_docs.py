@@ -89,7 +89,9 @@ def shown_commands(text):
                 yield words
 
 
-@pytest.mark.parametrize("document", ["README.md", "examples/digits/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "examples/digits/README.md", "docs/measurements.md"]
+)
 def test_documents_show_only_commands_and_options_that_exist(document, root):
     known = dict(commands())
     seen = 0
