@@ -183,6 +183,7 @@ def test_the_activation_is_told_from_what_the_skip_branches_saw(activation, make
     network = make_parnet(config).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
             module.bias -= 0.5  # so that SiLU's negative part is in use, as training leaves it
     torch.manual_seed(0)
     for _ in range(30):
