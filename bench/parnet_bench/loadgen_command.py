@@ -218,21 +218,12 @@ class _Run:
 def _run(row: PlannedRow, load: Load, place: Path) -> _Run:
     from parnet_bench.loadgen.process import ScenarioJob, run_scenario
     from parnet_bench.loadgen.scenarios import read_outcome
-    from parnet_bench.workers.job import Job
+    from parnet_bench.workers.job import job_of
     from parnet_export import files
 
     folder = place / re.sub(r"[^\w.-]+", "-", row.description.name)
     files.make_directory(folder)
-    job = Job(
-        bundle=str(row.bundle.path),
-        plan=row.plan,
-        devices=row.description.devices,
-        cores=row.description.cores,
-        sizes=row.sizes,
-        lanes=row.description.lanes,
-        boundary=row.description.boundary,
-    )
-    run_scenario(ScenarioJob(job, load, str(folder)))
+    run_scenario(ScenarioJob(job_of(row), load, str(folder)))
     return _Run(row, load, read_outcome(folder, load.scenario), folder)
 
 

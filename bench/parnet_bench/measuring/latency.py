@@ -14,7 +14,7 @@ from parnet_bench.machine.nvml import open_nvml
 from parnet_bench.measuring.measure import measure
 from parnet_bench.results.result import FailedRow, Recording, Result, Row, RowTimeline
 from parnet_bench.targets.row_devices import gpu_ordinals
-from parnet_bench.workers.job import Job
+from parnet_bench.workers.job import Job, job_of
 from parnet_bench.workers.row_process import RowFailedError, RowProcess
 from parnet_bench.workers.turn import TurnRequest
 from parnet_engines.clock import MonotonicClock
@@ -126,17 +126,7 @@ class _Run:
         self._watch = GpuWatch(open_nvml()[0] if gpus else None)
 
     def launch(self, name: str, _: int) -> Worker:
-        row = self._rows[name]
-        job = Job(
-            bundle=str(row.bundle.path),
-            plan=row.plan,
-            devices=row.description.devices,
-            cores=row.description.cores,
-            sizes=row.sizes,
-            lanes=row.description.lanes,
-            data_transfers=self._procedure.data_transfers,
-            boundary=row.description.boundary,
-        )
+        job = job_of(self._rows[name], data_transfers=self._procedure.data_transfers)
         return _WatchedRow(name, job, self._energy, self._watch)
 
     def finish(self, name: str, worker: Worker) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from parnet_engines.cuda.boundary import Boundary  # noqa: TC001 - msgspec reads it
+
+if TYPE_CHECKING:
+    from parnet_bench.targets.rows import PlannedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +43,26 @@ class Job:
     lanes: int | None = None
     data_transfers: bool = True
     boundary: Boundary | None = None
+
+
+def job_of(row: PlannedRow, *, data_transfers: bool = True) -> Job:
+    """Return the job of a planned row.
+
+    Parameters
+    ----------
+    row
+        The row.
+    data_transfers
+        As of `Job`.
+    """
+    description = row.description
+    return Job(
+        bundle=str(row.bundle.path),
+        plan=row.plan,
+        devices=description.devices,
+        cores=description.cores,
+        sizes=row.sizes,
+        lanes=description.lanes,
+        data_transfers=data_transfers,
+        boundary=description.boundary,
+    )
