@@ -75,7 +75,35 @@ class Engine(Protocol):
         """Release threads and memory. Closing twice does no harm; running afterwards does."""
 
 
-class NullEngine:
+class SegmentEngine:
+    """Name and tensors of an engine, which are those of the segment that it computes.
+
+    Parameters
+    ----------
+    segment
+        Name and tensors.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+
+    @property
+    def name(self) -> str:
+        """The segment's name."""
+        return self._segment.name
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the engine reads."""
+        return self._segment.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the engine produces."""
+        return self._segment.outputs
+
+
+class NullEngine(SegmentEngine):
     """An engine that computes nothing and takes no time, to measure what surrounds engines.
 
     Parameters
@@ -87,25 +115,10 @@ class NullEngine:
     """
 
     def __init__(self, segment: Segment, sizes: Mapping[str, int] | None = None) -> None:
-        self._segment = segment
+        super().__init__(segment)
         self._zeros = {
             spec.name: np.zeros(spec.resolve(sizes), dtype=spec.dtype) for spec in segment.outputs
         }
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine would read."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine would produce."""
-        return self._segment.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:  # noqa: ARG002 - the protocol's signature
         """Return zeros, the same arrays every time."""

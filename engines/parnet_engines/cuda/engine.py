@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from parnet_engines.cuda.tensor_layout import TensorLayout
+from parnet_engines.engine import SegmentEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from parnet_export.stream_graph import TensorSpec
+    from parnet_export.stream_graph import Segment, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,41 @@ class EngineFile:
 
     path: Path
     size_bytes: int
+
+
+class CudaSegmentEngine(SegmentEngine):
+    """What engines on GPUs have in common: a segment, a device and layouts of tensors.
+
+    Parameters
+    ----------
+    segment
+        Name and tensors of what the engine computes.
+    device
+        CUDA ordinal of the GPU that it is for.
+    layouts
+        How tensors lie that are not row-major.
+    """
+
+    def __init__(
+        self, segment: Segment, device: int, layouts: Mapping[str, TensorLayout] | None = None
+    ) -> None:
+        super().__init__(segment)
+        self._device = device
+        self._layouts = dict(layouts or {})
+
+    @property
+    def device(self) -> int:
+        """CUDA ordinal of the device that the engine was made for."""
+        return self._device
+
+    @property
+    def file(self) -> EngineFile | None:
+        """None: the engine was made from the graph itself."""
+        return None
+
+    def layout(self, tensor: str) -> TensorLayout:
+        """Return the layout in which the engine reads or writes one of its tensors."""
+        return self._layouts.get(tensor, TensorLayout.LINEAR)
 
 
 class CudaEngine(Protocol):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parnet_engines.engine import SegmentEngine
 from parnet_engines.runtimes.kept_after_fork import keep_after_fork
 from parnet_export.errors import InputError, MissingBackendError
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_export.stream_graph import Segment, TensorSpec
+    from parnet_export.stream_graph import Segment
 
 _MODULE = "openvino"
 _INSTALL = "pip install 'parnet-export[openvino]'"
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(SegmentEngine):
     """An ONNX file, run by OpenVINO on the CPU.
 
     An engine of one thread computes in the thread that runs it, and so on the core that
@@ -49,25 +50,10 @@ class OpenVinoEngine:
     """
 
     def __init__(self, segment: Segment, path: Path, *, threads: int | None = None) -> None:
-        self._segment = segment
+        super().__init__(segment)
         self._openvino = _import_openvino()
         self._model: Any = _compile(self._openvino, path, threads)
         keep_after_fork(self._model)
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute all outputs; see `Engine.run`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from parnet_engines.engine import SegmentEngine
 from parnet_engines.runtimes.kept_after_fork import keep_after_fork
 from parnet_export.errors import InputError
 from parnet_export.graphs.onnx_runtime import import_onnxruntime, runtime_failures
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from parnet_export.stream_graph import Segment, TensorSpec
+    from parnet_export.stream_graph import Segment
 
 Spin = Literal["never", "in_runs", "always"]
 
 _ERRORS_ONLY = 3  # ONNX Runtime's severity, from 0 (verbose) to 4 (fatal)
 
 
-class OrtEngine:
+class OrtEngine(SegmentEngine):
     """An ONNX file, run by ONNX Runtime on the CPU.
 
     Parameters
@@ -60,25 +61,10 @@ class OrtEngine:
         cores: Sequence[int] = (),
         spin: Spin = "never",
     ) -> None:
-        self._segment = segment
+        super().__init__(segment)
         self._output_names = [spec.name for spec in segment.outputs]
         self._session: Any = _open(path, threads=threads, cores=cores, spin=spin)
         keep_after_fork(self._session)
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute all outputs; see `Engine.run`.

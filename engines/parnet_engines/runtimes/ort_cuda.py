@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parnet_engines.cuda.tensor_layout import TensorLayout
+from parnet_engines.cuda.engine import CudaSegmentEngine
 from parnet_engines.planning.cost_table import WHOLE
 from parnet_engines.planning.layouts import whole_graph
 from parnet_export.errors import InputError
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from parnet_engines.cuda.boundary import Boundary
     from parnet_engines.cuda.driver import CudaDriver
-    from parnet_engines.cuda.engine import DeviceTensor, EngineFile
+    from parnet_engines.cuda.engine import DeviceTensor
     from parnet_export.bundle import Bundle
-    from parnet_export.stream_graph import Segment, TensorSpec
+    from parnet_export.stream_graph import Segment
 
 _PROVIDER = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3  # ONNX Runtime's severity, from 0 (verbose) to 4 (fatal)
 
 
-class OrtCudaEngine:
+class OrtCudaEngine(CudaSegmentEngine):
     """An ONNX file, run by ONNX Runtime on a GPU.
 
     ONNX Runtime fixes the CUDA stream when it loads a graph, so each binding loads its own on
@@ -54,6 +54,7 @@ class OrtCudaEngine:
     def __init__(
         self, segment: Segment, path: Path, device: int = 0, *, tf32: bool = False
     ) -> None:
+        super().__init__(segment, device)
         self._onnxruntime = import_onnxruntime("Running by ONNX Runtime")
         if _PROVIDER not in self._onnxruntime.get_available_providers():
             raise InputError(
@@ -61,40 +62,9 @@ class OrtCudaEngine:
                 "is installed for the CPU only",
                 "Install it for GPUs: pip uninstall onnxruntime; pip install onnxruntime-gpu",
             )
-        self._segment = segment
         self._path = path
-        self._device = device
         self._tf32 = tf32
         self._is_closed = False
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def device(self) -> int:
-        """CUDA ordinal of the device that the engine was made for."""
-        return self._device
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
-
-    @property
-    def file(self) -> EngineFile | None:
-        """None: ONNX Runtime optimises the graph anew each time."""
-        return None
-
-    def layout(self, tensor: str) -> TensorLayout:  # noqa: ARG002 - the protocol's signature
-        """Return the linear layout, the only one."""
-        return TensorLayout.LINEAR
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]

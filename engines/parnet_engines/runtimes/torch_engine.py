@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from parnet_engines.cuda.boundary import choose_layouts
+from parnet_engines.cuda.engine import CudaSegmentEngine
 from parnet_engines.cuda.tensor_layout import TensorLayout
+from parnet_engines.engine import SegmentEngine
 from parnet_engines.runtimes.torch_graph import TorchGraph
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import onnx_path
@@ -29,15 +31,15 @@ if TYPE_CHECKING:
 
     from parnet_engines.cuda.boundary import Boundary
     from parnet_engines.cuda.driver import CudaDriver
-    from parnet_engines.cuda.engine import DeviceTensor, EngineFile
+    from parnet_engines.cuda.engine import DeviceTensor
     from parnet_export.bundle import Bundle
-    from parnet_export.stream_graph import Segment, TensorSpec
+    from parnet_export.stream_graph import Segment
 
 _ENQUEUEING = threading.Lock()
 """Which precisions are allowed, and the workspaces of cuBLAS, are the same for all threads."""
 
 
-class TorchEngine:
+class TorchEngine(SegmentEngine):
     """An ONNX file, run by torch on the CPU.
 
     Parameters
@@ -54,23 +56,8 @@ class TorchEngine:
     """
 
     def __init__(self, segment: Segment, path: Path) -> None:
-        self._segment = segment
+        super().__init__(segment)
         self._graph: TorchGraph | None = TorchGraph(path, segment.name)
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Compute all outputs; see `Engine.run`."""
@@ -94,7 +81,7 @@ class TorchEngine:
         self._graph = None
 
 
-class TorchCudaEngine:
+class TorchCudaEngine(CudaSegmentEngine):
     """An ONNX file, run by torch on a GPU.
 
     Half precision runs with channels last, whatever the layout of the tensors around it.
@@ -129,9 +116,7 @@ class TorchCudaEngine:
         tf32: bool = False,
     ) -> None:
         require_kernels(device)
-        self._segment = segment
-        self._device = device
-        self._layouts = dict(layouts or {})
+        super().__init__(segment, device, layouts)
         self._tf32 = tf32
         specs = (*segment.inputs, *segment.outputs)
         self._channels_last = any(spec.dtype == "float16" for spec in specs)
@@ -139,35 +124,6 @@ class TorchCudaEngine:
             path, segment.name, f"cuda:{device}", channels_last=self._channels_last
         )
         torch.cuda.synchronize(device)  # the weights are there before any stream reads them
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def device(self) -> int:
-        """CUDA ordinal of the device that the engine was made for."""
-        return self._device
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
-
-    @property
-    def file(self) -> EngineFile | None:
-        """None: torch runs the graph as it is."""
-        return None
-
-    def layout(self, tensor: str) -> TensorLayout:
-        """Return the layout in which the engine reads or writes one of its tensors."""
-        return self._layouts.get(tensor, TensorLayout.LINEAR)
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]

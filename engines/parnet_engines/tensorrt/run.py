@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from parnet_engines.cuda.driver import on_device
-from parnet_engines.cuda.engine import EngineFile
+from parnet_engines.cuda.engine import CudaSegmentEngine, EngineFile
 from parnet_engines.tensorrt.build import FORMATS
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import build_command, require_plan
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from parnet_engines.cuda.boundary import Boundary
     from parnet_engines.cuda.driver import CudaDriver, Gpu
     from parnet_engines.cuda.engine import DeviceTensor
-    from parnet_engines.cuda.tensor_layout import TensorLayout
     from parnet_engines.tensorrt.engine_sidecar import Sidecar
     from parnet_engines.tensorrt.log import LogRecording
     from parnet_engines.tensorrt.module import Backend, TensorRt
@@ -42,7 +41,7 @@ class EnqueueRefusedError(RuntimeError):
     """TensorRT has refused to enqueue an engine, for example while a CUDA graph is captured."""
 
 
-class TensorRtEngine:
+class TensorRtEngine(CudaSegmentEngine):
     """An engine on one GPU; see `parnet_engines.cuda.engine.CudaEngine`.
 
     What `bind` returns runs in the CUDA context that is current in the calling thread, which
@@ -70,13 +69,12 @@ class TensorRtEngine:
     def __init__(
         self, trt: TensorRt, segment: Segment, path: Path, driver: CudaDriver, device: int
     ) -> None:
+        self._sidecar = read_sidecar(path)
+        layouts = {t.name: t.tensor_layout for t in self._sidecar.tensors}
+        super().__init__(segment, device, layouts)
         self._trt = trt
         self._driver = driver
-        self._segment = segment
-        self._device = device
         self._path = path
-        self._sidecar = read_sidecar(path)
-        self._layouts = {t.name: t.tensor_layout for t in self._sidecar.tensors}
         self._bindings: list[_Binding] = []
         self._runtime: Any = None
         self._engine: Any = None
@@ -90,26 +88,6 @@ class TensorRtEngine:
         except BaseException:
             driver.release_context(device)
             raise
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return self._segment.name
-
-    @property
-    def device(self) -> int:
-        """CUDA ordinal of the GPU that it runs on."""
-        return self._device
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine reads."""
-        return self._segment.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that the engine produces."""
-        return self._segment.outputs
 
     @property
     def path(self) -> Path:
@@ -140,10 +118,6 @@ class TensorRtEngine:
     def context_memory_bytes(self) -> int:
         """The GPU memory that each binding takes besides the tensors."""
         return self._trt.context_memory_bytes(self._open_engine())
-
-    def layout(self, tensor: str) -> TensorLayout:
-        """Return the layout in which the engine reads or writes one of its tensors."""
-        return self._layouts[tensor]
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]
