@@ -300,7 +300,8 @@ def test_vectors_between_engines_compute_the_same_and_take_the_memory_that_they_
         verbs = {"copy_peer", "copy_on_device"}
         copied[boundary] = {call.operands[3] for call in calls if call.verb in verbs}
         assert {plan.split()[1] for plan in module.loaded} == {boundary}
-    np.testing.assert_array_equal(results["linear"], results["vector"])
+    # Runtimes may choose other kernels for memory that lies otherwise; a wrong layout is far off.
+    np.testing.assert_allclose(results["linear"], results["vector"], rtol=1e-3, atol=1e-4)
     image_bytes, pixels = 3 * 64 * 64 * 4, 64 * 64 * 2
     # 12 channels take the memory of 16 in vectors of 8; the network's input stays linear.
     assert sizes["linear"] == {image_bytes, 12 * pixels}
