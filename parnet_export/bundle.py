@@ -24,6 +24,7 @@ from parnet_export.errors import InputError, name_some
 from parnet_export.images.input_form import (
     InputForm,  # noqa: TC001 - msgspec reads annotations at run time
 )
+from parnet_export.schema_version import require_readable
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
 if TYPE_CHECKING:
@@ -242,13 +243,7 @@ def _encode(manifest: Manifest) -> bytes:
 
 def _decode(path: Path, content: bytes) -> Manifest:
     try:
-        version = msgspec.json.decode(content, type=dict[str, object]).get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise InputError(
-                path,
-                f"has schema version {version}; this version reads up to {SCHEMA_VERSION}",
-                "Upgrade parnet-export",
-            )
+        require_readable(content, SCHEMA_VERSION, path)
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(path, f"is damaged ({error})", _REMAKE) from error

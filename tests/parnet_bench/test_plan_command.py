@@ -21,7 +21,7 @@ from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE, CostTable, Seg
 from parnet_engines.planning.links import FREE_LINK, Link
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
-from parnet_engines.schedule.program import encode
+from parnet_engines.schedule.program_file import encode
 from parnet_export import console
 from parnet_export.errors import InputError
 from parnet_export.export import export_network

@@ -44,7 +44,7 @@ from parnet_bench.results.used_runtimes import used_runtimes
 from parnet_engines.planning.cost_table import CostTable, SegmentCost
 from parnet_engines.planning.links import Link
 from parnet_engines.planning.simulate import simulate
-from parnet_engines.schedule import program, recording
+from parnet_engines.schedule import program_file, recording
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
 from parnet_export import console
@@ -88,7 +88,7 @@ def timeline(lanes=2):
     )
     predicted = simulate(lowered, costs, Link("test", 0.0, 1.0), inferences=1).recording
     return RowTimeline(
-        msgspec.json.decode(program.encode(lowered)),
+        msgspec.json.decode(program_file.encode(lowered)),
         msgspec.json.decode(recording.encode(predicted)),
     )
 

@@ -23,7 +23,7 @@ from parnet_engines.engine import NullEngine
 from parnet_engines.schedule.check import checked
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
-from parnet_engines.schedule.program import encode
+from parnet_engines.schedule.program_file import encode
 from parnet_engines.session import SegmentFailedError, SegmentHungError, Session
 from parnet_export.bundle import Bundle, Provenance
 from parnet_export.errors import CheckFailedError, InputError, MissingBackendError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from parnet_engines.schedule import program, recording
+from parnet_engines.schedule import program_file, recording
 from parnet_engines.timeline.analysis import analyse
 from parnet_engines.timeline.picture import render_timeline_svg
 from parnet_export.console import format_ms, format_percent, format_ratio
@@ -51,7 +51,7 @@ def timeline_view(row: Row) -> RowTimelineView | None:
     if row.timeline is None:
         return None
     name = row.description.name
-    ran = program.decode(msgspec.json.encode(row.timeline.program), name)
+    ran = program_file.decode(msgspec.json.encode(row.timeline.program), name)
     happened = recording.decode(msgspec.json.encode(row.timeline.recording), name)
     analysis = analyse(ran, happened)
     facts = _facts(analysis) if len(ran.lanes) > 1 else _took(analysis) + " on one lane"

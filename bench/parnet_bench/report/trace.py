@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from parnet_engines.schedule import program as program_file
+from parnet_engines.schedule import program_file
 from parnet_engines.schedule import recording as recording_file
 from parnet_engines.timeline.trace_file import encode_trace
 

@@ -188,7 +188,7 @@ class RowTimeline:
     Parameters
     ----------
     program
-        The JSON of `parnet_engines.schedule.program.encode`: what has run.
+        The JSON of `parnet_engines.schedule.program_file.encode`: what has run.
     recording
         The JSON of `parnet_engines.schedule.recording.encode`: when each step began and ended,
         in the inference whose latency was the median of those recorded.

@@ -21,7 +21,8 @@ from parnet_engines.proof.accuracy import LIMITS, assess
 from parnet_engines.proof.device_proof import prove_on_devices
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Placement
-from parnet_engines.schedule.program import Copy, encode
+from parnet_engines.schedule.program import Copy
+from parnet_engines.schedule.program_file import encode
 from parnet_engines.session import Session
 from parnet_engines.timeline.analysis import analyse
 from parnet_export.errors import ParnetError

@@ -245,7 +245,7 @@ class _Planner:
     def _program_file(self, row: PlannedRow) -> str:
         """Choose a plan by measuring, once for all processes, and return where it lies."""
         from parnet_engines.planning.plan_option import choose
-        from parnet_engines.schedule.program import encode
+        from parnet_engines.schedule.program_file import encode
         from parnet_engines.session import Session
 
         description = row.description

@@ -16,7 +16,7 @@ from parnet_bench.workers.turn import one_at_a_time, several_in_flight
 from parnet_engines.cuda.devices import names_gpus, open_driver, parse_gpus
 from parnet_engines.cuda.session import CudaSession
 from parnet_engines.engine import NullEngine
-from parnet_engines.schedule import program as program_file
+from parnet_engines.schedule import program_file
 from parnet_engines.schedule import recording as recording_file
 from parnet_engines.schedule.check import CheckedProgram, checked
 from parnet_engines.schedule.lowering import lower

@@ -17,6 +17,7 @@ import msgspec
 
 from parnet_export import files
 from parnet_export.errors import InputError
+from parnet_export.schema_version import require_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -238,13 +239,7 @@ def load_costs(path: Path, network: str = "") -> CostTable:
         reason = error.strerror or str(error)
         raise InputError(path, f"cannot be read ({reason})", again) from error
     try:
-        version = msgspec.json.decode(content, type=dict[str, object]).get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise InputError(
-                path,
-                f"has schema version {version}; this version reads up to {SCHEMA_VERSION}",
-                "Upgrade parnet-export",
-            )
+        require_readable(content, SCHEMA_VERSION, path)
         stored = msgspec.json.decode(content, type=_StoredCosts)
         costs = CostTable(stored.entries, stored.network)
     except (msgspec.DecodeError, ValueError) as error:

@@ -19,9 +19,11 @@ from parnet_engines.schedule.lowering import lower
 
 # msgspec resolves the annotation of `_Placed` while the program runs.
 from parnet_engines.schedule.placement import Placement  # noqa: TC001
-from parnet_engines.schedule.program import Run, decode
+from parnet_engines.schedule.program import Run
+from parnet_engines.schedule.program_file import decode
 from parnet_export import files
 from parnet_export.errors import CheckFailedError, InputError
+from parnet_export.schema_version import require_readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +50,6 @@ class _Header:
     """What tells the file of a plan from that of a program."""
 
     placement: object = None
-    schema_version: object = SCHEMA_VERSION
 
 
 def save_plan(path: Path, plan: Plan) -> None:
@@ -88,9 +89,9 @@ def read_plan(
     Parameters
     ----------
     path
-        A file such as `save_plan` or `parnet_engines.schedule.program.encode` writes. Of a plan an
-        object with ``placement`` is enough, which has ``lanes`` (``name``, ``device``,
-        ``cores``) and ``assignments`` (``segment``, ``lane``) in issue order.
+        A file such as `save_plan` or `parnet_engines.schedule.program_file.encode` writes.
+        Of a plan an object with ``placement`` is enough, which has ``lanes`` (``name``,
+        ``device``, ``cores``) and ``assignments`` (``segment``, ``lane``) in issue order.
     graph
         The network's stream graph. The file may also run the whole network as one.
     whole
@@ -140,10 +141,7 @@ def _decode_placement(content: bytes, path: Path) -> Placement | None:
         return None
     if header.placement is None:
         return None
-    version = header.schema_version
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        problem = f"has schema version {version}; this version reads up to {SCHEMA_VERSION}"
-        raise InputError(path, problem, "Upgrade parnet-export")
+    require_readable(content, SCHEMA_VERSION, path)
     try:
         return msgspec.json.decode(content, type=_Placed).placement
     except (msgspec.DecodeError, ValueError) as error:

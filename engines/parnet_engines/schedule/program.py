@@ -48,18 +48,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
-
 # msgspec resolves the annotations of the dataclasses below while the program runs.
 from parnet_engines.schedule.placement import Lane  # noqa: TC001
-from parnet_export.errors import InputError
 from parnet_export.stream_graph import TensorSpec  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +182,6 @@ class Wait:
 
 Step = Run | Copy | Record | Wait
 
-_STEP_TYPES: Mapping[str, type[Step]] = {t.kind: t for t in (Run, Copy, Record, Wait)}
-
 
 @dataclass(frozen=True)
 class Program:
@@ -303,80 +295,6 @@ class Program:
     def _role(self, buffer: str) -> str:
         roles = (("input", self.inputs), ("output", self.outputs))
         return ", ".join(role for role, names in roles if buffer in names)
-
-
-def encode(program: Program) -> bytes:
-    """Return a program as JSON, ending in a newline.
-
-    The same program always gives the same bytes. `decode` reads them back.
-    """
-    document = _Document(
-        SCHEMA_VERSION,
-        program.inferences_in_flight,
-        program.lanes,
-        program.buffers,
-        program.inputs,
-        program.outputs,
-        tuple({"kind": step.kind, **msgspec.to_builtins(step)} for step in program.steps),
-    )
-    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
-
-
-def decode(content: bytes, subject: str | Path) -> Program:
-    """Read a program from the JSON that `encode` wrote.
-
-    Parameters
-    ----------
-    content
-        The JSON document.
-    subject
-        Where it comes from, for messages.
-
-    Raises
-    ------
-    InputError
-        When the content is no program, or its schema is not the one this version reads.
-    """
-    remedy = "Make the program again from its plan"
-    try:
-        header = msgspec.json.decode(content, type=_Header)
-        if header.schema_version != SCHEMA_VERSION:
-            problem = f"has schema version {header.schema_version}, not {SCHEMA_VERSION}"
-            raise InputError(subject, problem, remedy)
-        document = msgspec.json.decode(content, type=_Document)
-        return Program(
-            lanes=document.lanes,
-            buffers=document.buffers,
-            inputs=document.inputs,
-            outputs=document.outputs,
-            steps=tuple(_decode_step(entry) for entry in document.steps),
-            inferences_in_flight=document.inferences_in_flight,
-        )
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(subject, f"is no valid program ({error})", remedy) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    schema_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    schema_version: int
-    inferences_in_flight: int
-    lanes: tuple[Lane, ...]
-    buffers: tuple[Buffer, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    steps: tuple[dict[str, object], ...]
-
-
-def _decode_step(entry: dict[str, object]) -> Step:
-    kind = entry.get("kind")
-    if kind not in _STEP_TYPES:
-        raise ValueError(f"{kind!r} is no kind of step")
-    return msgspec.convert(entry, _STEP_TYPES[str(kind)])
 
 
 def _unique(what: str, names: Iterable[str]) -> set[str]:

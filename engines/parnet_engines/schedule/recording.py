@@ -17,6 +17,7 @@ import msgspec
 from parnet_engines.schedule.placement import Lane  # noqa: TC001
 from parnet_engines.schedule.program import Copy, Record, Run, Step, Wait
 from parnet_export.errors import InputError
+from parnet_export.schema_version import require_readable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -176,23 +177,15 @@ def decode(content: bytes, subject: str | Path) -> Recording:
     Raises
     ------
     InputError
-        When the content is no recording, or its schema is not the one this version reads.
+        When the content is no recording, or of a newer schema.
     """
     remedy = "Record it again"
     try:
-        header = msgspec.json.decode(content, type=_Header)
-        if header.schema_version != SCHEMA_VERSION:
-            problem = f"has schema version {header.schema_version}, not {SCHEMA_VERSION}"
-            raise InputError(subject, problem, remedy)
+        require_readable(content, SCHEMA_VERSION, subject)
         document = msgspec.json.decode(content, type=_Document)
         return Recording(document.lanes, document.spans, document.source)
     except (msgspec.DecodeError, ValueError) as error:
         raise InputError(subject, f"is no valid recording ({error})", remedy) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    schema_version: int
 
 
 @dataclass(frozen=True, slots=True)

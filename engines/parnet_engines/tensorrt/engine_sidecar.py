@@ -17,6 +17,7 @@ from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.tensorrt.module import LABELS, RTX_OLDEST_CAPABILITY
 from parnet_export import files
 from parnet_export.errors import InputError
+from parnet_export.schema_version import require_readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -264,10 +265,8 @@ def read_sidecar(path: Path) -> Sidecar:
         problem = f"cannot be read ({error.strerror or error})"
         raise InputError(path, problem, remedy) from error
     try:
-        version = msgspec.json.decode(content, type=dict[str, object]).get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            problem = f"has schema version {version}; this version reads up to {SCHEMA_VERSION}"
-            raise InputError(path, problem, "Upgrade parnet-export, or build the engine again")
+        upgrade = "Upgrade parnet-export, or build the engine again"
+        require_readable(content, SCHEMA_VERSION, path, upgrade)
         sidecar = msgspec.json.decode(content, type=Sidecar)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(path, f"is damaged ({error})", remedy) from error

@@ -12,7 +12,7 @@ from parnet_bench.targets.graphs import Reading, catalogue_name
 from parnet_bench.targets.request import Request, with_default_targets
 from parnet_bench.targets.rows import plan_rows
 from parnet_engines.planning.devices import usable_cores
-from parnet_engines.schedule.program import decode
+from parnet_engines.schedule.program_file import decode
 from parnet_export.catalogue.census import take_census
 from parnet_export.detections.detection_form import AnchorLevel, DetectionOutput
 from parnet_export.errors import InputError

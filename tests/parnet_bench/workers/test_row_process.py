@@ -22,7 +22,7 @@ from parnet_bench.workers.job import Job
 from parnet_bench.workers.row_process import RowFailedError, RowProcess
 from parnet_bench.workers.turn import Turn, TurnRequest
 from parnet_engines.clock import MonotonicClock
-from parnet_engines.schedule import program as program_file
+from parnet_engines.schedule import program_file
 from parnet_engines.schedule import recording as recording_file
 from parnet_engines.schedule.program import Run
 from parnet_export.samples import make_samples

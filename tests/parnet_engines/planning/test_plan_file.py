@@ -15,7 +15,7 @@ from parnet_engines.planning.scenario import Scenario
 from parnet_engines.schedule.check import checked
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Lane
-from parnet_engines.schedule.program import encode
+from parnet_engines.schedule.program_file import encode
 from parnet_export.errors import CheckFailedError, InputError
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 

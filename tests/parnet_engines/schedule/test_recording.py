@@ -89,7 +89,6 @@ def test_a_span_on_an_unknown_lane_is_refused():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda d: d | {"schema_version": 99}, "has schema version 99, not 1"),
         (lambda d: d | {"source": "guessed"}, "is no valid recording"),
         (lambda d: d | {"lanes": []}, "unknown lane 'lane0'"),
         (lambda _: {}, "is no valid recording"),
@@ -100,6 +99,13 @@ def test_json_that_is_no_recording_is_refused_with_the_file_s_name(change, probl
     document = json.loads(encode(Recording(LANES, (Span("lane0", 0, "run", "stem", 0, 1),))))
     with pytest.raises(InputError, match=rf"t\.json: .*{problem}.*Record it again"):
         decode(json.dumps(change(document)).encode(), "t.json")
+
+
+def test_a_recording_of_a_newer_schema_says_to_upgrade():
+    newer = json.dumps({"schema_version": 99, "spans": "in another form"}).encode()
+    problem = "has schema version 99; this version reads up to 1. Upgrade parnet-export."
+    with pytest.raises(InputError, match=problem):
+        decode(newer, "t.json")
 
 
 def test_content_that_is_no_json_is_refused():
