@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from parnet_engines.base_session import BaseSession
-from parnet_engines.cuda.device_array import (
-    LEGACY_DEFAULT_STREAM,
-    DeviceArray,
-    as_device_array,
-    require_usable,
-    stream_handle,
+from parnet_engines.cuda.caller_arrays import (
+    UsablePlaces,
+    find_arrays,
+    find_targets,
+    require_fitting,
+    stand_in,
+    streams_of,
 )
+from parnet_engines.cuda.device_array import stream_handle
 from parnet_engines.cuda.devices import open_driver, ordinal_of, parse_gpus
-from parnet_engines.cuda.driver import on_device
 from parnet_engines.cuda.engines import load_engines, require_cuda_engine
 from parnet_engines.cuda.gpu_plan import choose_on_gpus
 from parnet_engines.cuda.host import CudaHost
@@ -25,7 +26,6 @@ from parnet_engines.cuda.memory import resolve_shapes
 from parnet_engines.network_inputs import checked_inputs
 from parnet_engines.schedule.program import Run
 from parnet_export.bundle import Bundle, open_bundle
-from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,16 +33,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from parnet_engines.cuda.boundary import Boundary
+    from parnet_engines.cuda.device_array import DeviceArray
     from parnet_engines.cuda.driver import CudaDriver
     from parnet_engines.cuda.engine import CudaEngine, EngineFile
     from parnet_engines.cuda.parts import PartTimes
     from parnet_engines.planning.evaluate import Objective
     from parnet_engines.schedule.check import CheckedProgram
     from parnet_engines.schedule.execution import Execution
-    from parnet_export.stream_graph import TensorSpec
-
-_KEPT_ADDRESSES = 64
-"""For how many addresses it is kept in mind that they are usable: asking CUDA takes time."""
 
 
 class CudaSession(BaseSession["CudaEngine", CudaHost]):
@@ -79,9 +76,9 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         self._driver = driver
         self._use_graphs = use_graphs
         self._execution: Execution | None = None
-        self._usable: set[int] = set()
         self._engine_name = engine
         self._home = ordinal_of(program.program.origin.device)
+        self._usable = UsablePlaces(driver, self._home)
         self._uploaded: list[NDArray[Any]] | None = None
 
     @classmethod
@@ -241,19 +238,8 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         CudaError
             When CUDA reports an error.
         """
-        wanted = {spec.name: spec for spec in self.outputs}
-        for name in outputs or {}:
-            if name not in wanted:
-                problem = "is not an output of the network"
-                raise InputError(f"output {name!r}", problem, f"Use {', '.join(wanted)}")
-        sources = self._on_device(self.inputs, inputs, "input")
-        targets = self._on_device(self.outputs, outputs or {}, "output")
-        for spec in self.outputs:
-            if spec.name in (outputs or {}) and spec.name not in targets:
-                problem = "does not lie in a GPU"
-                raise InputError(
-                    f"output {spec.name!r}", problem, "Leave it out to get it as NumPy"
-                )
+        sources = find_arrays(self.inputs, inputs, "input")
+        targets = find_targets(self.outputs, outputs or {})
         if not sources and not targets and stream is None:
             return super().run(inputs)
         return self._run_in_place(inputs, sources, targets, outputs or {}, stream)
@@ -351,21 +337,17 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
     ) -> dict[str, Any]:
         self._require_own_process()
         # Only types and shapes are checked of what stands in for arrays in the GPU.
-        stand_ins = {name: _stand_in(a.dtype, a.shape) for name, a in sources.items()}
+        stand_ins = {name: stand_in(array) for name, array in sources.items()}
         arrays = checked_inputs(self.inputs, {**inputs, **stand_ins})
         with self._in_slot() as (slot, number):
             host = self._host(slot, arrays)
-            self._check_targets(host, targets)
-            for found, side in ((sources, "input"), (targets, "output")):
-                for name, given in found.items():
-                    self._require_usable(given, f"{side} {name!r}")
+            require_fitting(self.outputs, targets, host.outputs)
+            self._usable.require_usable(sources, "input")
+            self._usable.require_usable(targets, "output")
             handle = None
             if stream is not None:
                 handle = stream_handle(stream, self._driver, self._home)
-            arrays_there = (*sources.values(), *targets.values())
-            after = {a.stream for a in arrays_there if a.stream is not None}
-            if handle is None and any(a.stream is None for a in arrays_there):
-                after.add(LEGACY_DEFAULT_STREAM)
+            after = streams_of((*sources.values(), *targets.values()), handle)
             if len(sources) < len(self.inputs):
                 for spec, buffer, array in zip(self.inputs, host.inputs, arrays, strict=True):
                     if spec.name not in sources:
@@ -375,7 +357,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
                 inputs=[_pointer(sources.get(spec.name)) for spec in self.inputs],
                 outputs=[_pointer(targets.get(spec.name)) for spec in self.outputs],
                 stream=handle,
-                after=after - {handle},
+                after=after,
             )
             self._keep(spans)
             return {
@@ -392,37 +374,6 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         """Return where a host's inputs and outputs lie; given back to it, it copies nothing."""
         count = len(self.inputs)
         return host.addresses[:count], host.addresses[count:]
-
-    def _require_usable(self, array: DeviceArray, subject: str) -> None:
-        """Require that an array lies where an inference starts and ends, once for an address."""
-        if array.pointer in self._usable:
-            return
-        copy = "Copy it there, or give a NumPy array"
-        with on_device(self._driver, self._home):
-            require_usable(array, self._driver, self._home, subject, copy=copy)
-        if len(self._usable) < _KEPT_ADDRESSES:
-            self._usable.add(array.pointer)
-
-    def _on_device(
-        self, specs: Sequence[TensorSpec], values: Mapping[str, Any], side: str
-    ) -> dict[str, DeviceArray]:
-        found = {}
-        for spec in specs:
-            if spec.name in values:
-                array = as_device_array(values[spec.name], spec, f"{side} {spec.name!r}")
-                if array is not None:
-                    found[spec.name] = array
-        return found
-
-    def _check_targets(self, host: CudaHost, targets: Mapping[str, DeviceArray]) -> None:
-        for spec, buffer in zip(self.outputs, host.outputs, strict=True):
-            array = targets.get(spec.name)
-            if array and (array.shape, np.dtype(array.dtype)) != (buffer.shape, buffer.dtype):
-                raise InputError(
-                    f"output {spec.name!r}",
-                    f"was given as {array.dtype} {list(array.shape)}",
-                    f"The network writes {spec.dtype} {list(buffer.shape)}",
-                )
 
     def _new_host(self, arrays: Sequence[NDArray[Any]]) -> CudaHost:
         program = self.program
@@ -446,8 +397,3 @@ def _fill(host: CudaHost, arrays: Sequence[NDArray[Any]]) -> None:
 
 def _pointer(array: DeviceArray | None) -> int | None:
     return array.pointer if array else None
-
-
-@lru_cache(maxsize=64)
-def _stand_in(dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    return np.broadcast_to(np.zeros((), dtype), shape)
