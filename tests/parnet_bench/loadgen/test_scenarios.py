@@ -367,8 +367,9 @@ def test_gpus_take_no_number_of_threads_and_plans_keep_their_names(
 
 def test_samples_may_be_unloaded_twice():
     system = SystemUnderTest(Session(), Answers(), Load("multi-stream", 1.0), {})
-    system.load_samples([0, 1])
+    system.load_samples([0, 1, 2])
     system.unload_samples([0, 1, 1])
+    assert list(system._inputs) == [2]
 
 
 def write_log(folder, **entries):
