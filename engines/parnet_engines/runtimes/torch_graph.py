@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch.nn import functional
 
+from parnet_engines.runtimes.torch_calls import Call, merge, with_releases
 from parnet_engines.runtimes.torch_operators import OPERATORS, Operator, UnsupportedFormError
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 _OTHER_ENGINE = "Use another engine for this network, such as onnxruntime"
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One operator.
-
-    Parameters
-    ----------
-    compute
-        The function.
-    inputs, outputs
-        Names of tensors; an empty one is an operand that is left out.
-    released
-        Tensors that nobody needs afterwards.
-    """
-
-    compute: Callable[..., Any]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    released: tuple[str, ...] = ()
 
 
 class TorchGraph:
@@ -99,8 +77,8 @@ class TorchGraph:
                 constants[node.output[0]] = _constant_of(node)
             else:
                 calls.append(_call(node, constants, opset, name, path))
-        calls = _with_silu(calls, self.outputs)
-        self._calls = _with_releases(calls, (*self.outputs, *constants))
+        calls = merge(calls, self.outputs)
+        self._calls = with_releases(calls, (*self.outputs, *constants))
         used = {operand for call in calls for operand in call.inputs} | set(self.outputs)
         self._weights = {
             weight: self._laid_out(torch.from_numpy(value.copy()).to(device))
@@ -153,7 +131,7 @@ def _call(
     opset: int,
     segment: str,
     path: Path,
-) -> _Call:
+) -> Call:
     label = f"node {(node.name or node.output[0])!r} of segment {segment!r}"
     builder = OPERATORS.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
     if builder is None:
@@ -170,38 +148,8 @@ def _call(
     except UnsupportedFormError as error:
         problem = f"{label} is a {node.op_type} with {error}, which the torch engine does not have"
         raise InputError(path, problem, _OTHER_ENGINE) from error
-    return _Call(compute, tuple(node.input), tuple(name for name in node.output if name))
+    return Call(compute, tuple(node.input), tuple(name for name in node.output if name))
 
 
 def _plain_value(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _with_silu(calls: Sequence[_Call], kept: Iterable[str]) -> list[_Call]:
-    """Merge ``x * sigmoid(x)`` into one call, as every runtime does: a kernel less."""
-    uses = Counter(name for call in calls for name in call.inputs)
-    uses.update(kept)
-    sigmoids = {
-        call.outputs[0]: call.inputs[0]
-        for call in calls
-        if call.compute is torch.sigmoid and uses[call.outputs[0]] == 1
-    }
-    merged: dict[str, _Call] = {}
-    for call in calls:
-        if call.compute is torch.mul:
-            for gate, other in (call.inputs, call.inputs[::-1]):
-                if sigmoids.get(gate) == other:
-                    merged[gate] = _Call(functional.silu, (other,), call.outputs)
-    replaced = {call.outputs: call for call in merged.values()}
-    return [replaced.get(c.outputs, c) for c in calls if c.outputs[0] not in merged]
-
-
-def _with_releases(calls: Sequence[_Call], kept: Iterable[str]) -> tuple[_Call, ...]:
-    """Note after each call which tensors nobody needs any more."""
-    needed = set(kept)
-    found: list[_Call] = []
-    for call in reversed(calls):
-        last = [n for n in dict.fromkeys((*call.inputs, *call.outputs)) if n and n not in needed]
-        needed.update(call.inputs)
-        found.append(_Call(call.compute, call.inputs, call.outputs, tuple(last)))
-    return tuple(reversed(found))

@@ -79,6 +79,47 @@ class Operator:
             raise UnsupportedFormError(f"{name} = {value!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A tensor in another type.
+
+    Parameters
+    ----------
+    dtype
+        The type.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the tensor in that type."""
+        return x.to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean over some axes.
+
+    Parameters
+    ----------
+    axes
+        The axes; none stands for all.
+    keep
+        Whether they stay, of length 1.
+    dtype
+        The type to compute in and to return; None for the tensor's own.
+    """
+
+    axes: tuple[int, ...]
+    keep: bool
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x: Tensor, *_: object) -> Tensor:
+        """Return the mean; further operands, the axes, are known already."""
+        axes = self.axes or tuple(range(x.dim()))
+        return x.mean(dim=axes, keepdim=self.keep, dtype=self.dtype)
+
+
 def _symmetric(pads: Sequence[int]) -> list[int] | None:
     """Return padding that is the same on both ends of each axis, if it is."""
     half = len(pads) // 2
@@ -152,12 +193,9 @@ def _max_pool(operator: Operator) -> Compute:
 
 def _reduce_mean(operator: Operator) -> Compute:
     axes = operator.integers(1, "axes")
-    keep = bool(operator.get("keepdims", 1))
     if not axes and operator.get("noop_with_empty_axes", 0):
         return lambda x, *_: x
-    if not axes:
-        return lambda x, *_: x.mean(dim=list(range(x.dim())), keepdim=keep)
-    return lambda x, *_: x.mean(dim=axes, keepdim=keep)
+    return Mean(tuple(axes or ()), keep=bool(operator.get("keepdims", 1)))
 
 
 def _batch_normalization(operator: Operator) -> Compute:
@@ -221,8 +259,7 @@ def _resize(operator: Operator) -> Compute:
 
 def _cast(operator: Operator) -> Compute:
     numpy_type = helper.tensor_dtype_to_np_dtype(operator.get("to"))
-    dtype = torch.from_numpy(np.zeros(1, numpy_type)).dtype
-    return lambda x: x.to(dtype)
+    return Cast(torch.from_numpy(np.zeros(1, numpy_type)).dtype)
 
 
 def _concat(operator: Operator) -> Compute:
