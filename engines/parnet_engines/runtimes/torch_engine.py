@@ -6,7 +6,6 @@ or without TensorRT.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,13 @@ import torch
 from parnet_engines.cuda.boundary import choose_layouts
 from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.runtimes.torch_graph import TorchGraph
+from parnet_engines.runtimes.torch_precision import float32_precision
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import onnx_path
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -222,7 +222,7 @@ class _CudaBinding:
             torch.cuda.device(device),
             torch.cuda.stream(external),
             torch.cuda.use_mem_pool(self._pool, device),
-            _precision(tf32=self._tf32),
+            float32_precision(tf32=self._tf32),
         ):
             _compute(self._graph, self._reads, self._writes)
 
@@ -347,20 +347,6 @@ def load_engines(
         path = onnx_path(bundle, name)
         engines[name] = TorchCudaEngine(segment, path, device, layouts=layouts)
     return engines
-
-
-@contextlib.contextmanager
-def _precision(*, tf32: bool) -> Iterator[None]:
-    """Allow or forbid TF32 meanwhile, for convolutions and for products."""
-    products = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=False, allow_tf32=tf32
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = products
 
 
 def _compute(
