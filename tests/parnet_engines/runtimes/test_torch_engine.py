@@ -339,6 +339,7 @@ def torch_without_cuda(monkeypatch):
     )
     stand_ins = {
         "synchronize": lambda _: None,
+        "is_current_stream_capturing": lambda: False,
         "ExternalStream": lambda stream, _: stream,
         "MemPool": object,
         "stream": lambda _: nothing(),
