@@ -135,7 +135,9 @@ class TorchCudaEngine:
         self._graph: TorchGraph | None = TorchGraph(
             path, segment.name, f"cuda:{device}", channels_last=self._channels_last
         )
-        torch.cuda.synchronize(device)  # the weights are there before any stream reads them
+        # The weights are there before any stream reads them. Waiting for the whole device would
+        # spoil a capture that another thread has open on it.
+        torch.cuda.current_stream(device).synchronize()
 
     @property
     def name(self) -> str:
