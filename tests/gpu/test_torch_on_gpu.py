@@ -345,6 +345,8 @@ def test_cupy_arrays_and_streams_are_taken(session, image, expected):
 
 
 def test_arrays_that_speak_only_dlpack_are_taken(session, image, expected):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+
     class OnlyDlpack:
         def __init__(self, tensor):
             self.tensor = tensor
