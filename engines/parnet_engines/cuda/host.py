@@ -7,6 +7,7 @@ launch where CUDA allows it, see `parnet_engines.cuda.launch`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -283,6 +284,7 @@ class CudaHost:
         """
         if self._is_hung:
             self._resources.abandon()
+            _leave_as_it_is(self._launches, self._bindings)
             return
         try:
             self._drain()
@@ -364,6 +366,15 @@ class CudaHost:
         for device, stream in self._used_streams:
             with on_device(self._driver, device):
                 self._driver.synchronize(stream)
+
+
+def _leave_as_it_is(*used: object) -> None:
+    """Let the memory of engines outlive everything, even the interpreter.
+
+    Runtimes release it with the last reference, and that waits for the GPU, for good.
+    """
+    for one in used:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
 
 
 def _enqueue(segment: str, enqueue: Enqueue, stream: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from parnet_engines.schedule.check import checked, find_faults
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
 from parnet_engines.schedule.program import Copy, Program, Record, Run, Wait
-from parnet_engines.segment_errors import SegmentFailedError
+from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 from parnet_export.errors import InputError
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
@@ -613,6 +615,45 @@ def test_a_foreign_stream_is_ordered_before_and_after(caller):
 
 
 # What else can be wrong.
+
+
+class Hanging(RecordingDriver):
+    """Streams never get anywhere once it is told so."""
+
+    hangs = False
+
+    def is_idle(self, stream):
+        return super().is_idle(stream) and not self.hangs
+
+
+def test_memory_that_a_hanging_gpu_uses_is_never_released():
+    class Binding:
+        def __call__(self, stream):
+            pass
+
+    bindings = []
+
+    class Releasing(HostedEngine):
+        def bind(self, inputs, outputs):  # noqa: ARG002 - the protocol's signature
+            binding = Binding()
+            bindings.append(weakref.ref(binding))
+            return binding
+
+    driver = Hanging()
+    host = make_host(driver, "one lane", Releasing, timeout_s=0.001)
+    host.run()
+    held = driver.open_resources
+    driver.hangs = True
+    with pytest.raises(SegmentHungError):
+        host.run()
+    with pytest.raises(SegmentHungError):
+        host.run()
+    host.close()
+    del host
+    gc.collect()
+    assert driver.open_resources == held
+    assert len(bindings) == 6
+    assert all(binding() is not None for binding in bindings)
 
 
 def test_spans_lie_on_the_clocks_time_scale():
