@@ -6,6 +6,8 @@ import functools
 import gc
 import os
 import re
+import threading
+import time
 import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -615,6 +617,36 @@ def test_a_foreign_stream_is_ordered_before_and_after(caller):
 
 
 # What else can be wrong.
+
+
+def test_no_thread_runs_engines_for_the_first_time_while_another_captures():
+    under_way, most = [], []
+
+    class Waiting(HostedEngine):
+        """Gives the other thread time to get in between."""
+
+        def bind(self, inputs, outputs):
+            enqueue = super().bind(inputs, outputs)
+
+            def run(stream):
+                under_way.append(self)
+                time.sleep(0.002)
+                most.append(len(under_way))
+                under_way.remove(self)
+                enqueue(stream)
+
+            return run
+
+    def prepare() -> None:
+        make_host(RecordingDriver(), "three lanes", Waiting)
+
+    threads = [threading.Thread(target=prepare) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 3 * 2 * 6  # a warm-up and a capture of six segments each
+    assert max(most) == 1
 
 
 class Hanging(RecordingDriver):
