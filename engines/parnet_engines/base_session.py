@@ -197,16 +197,15 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
             return
         self._closed = True
         running: set[str] = set()
-        for slot in self._slots:
-            with slot.lock:
-                for host in slot.hosts.values():
-                    host.close()
-                    running.update(host.running)
-                slot.hosts.clear()
         engines, self._engines = self._engines, {}
-        for (segment, _), engine in engines.items():
-            if segment not in running:
-                engine.close()
+        with contextlib.ExitStack() as ending:  # an error of one keeps none of the others open
+            for (segment, _), engine in engines.items():
+                ending.callback(_close_engine, engine, segment, running)
+            for slot in self._slots:
+                with slot.lock:
+                    for host in slot.hosts.values():
+                        ending.callback(_close_host, host, running)
+                    slot.hosts.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -254,9 +253,8 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         host = slot.hosts.get(shapes)
         if host is None:
             if len(slot.hosts) == _KEPT_SHAPES:
-                oldest = next(iter(slot.hosts))
-                slot.hosts[oldest].close()
-                del slot.hosts[oldest]
+                _, oldest = slot.hosts.popitem(last=False)
+                oldest.close()
             host = slot.hosts[shapes] = self._new_host(arrays)
         slot.hosts.move_to_end(shapes)
         return host
@@ -276,6 +274,19 @@ class Slot(Generic[InterpreterT]):
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.hosts: OrderedDict[tuple[tuple[int, ...], ...], InterpreterT] = OrderedDict()
+
+
+def _close_host(host: Interpreter, running: set[str]) -> None:
+    try:
+        host.close()
+    finally:
+        running.update(host.running)
+
+
+def _close_engine(engine: _Closable, segment: str, running: set[str]) -> None:
+    """Close the engine of a segment, unless it is known to hang by then."""
+    if segment not in running:
+        engine.close()
 
 
 def _give_up(slots: Sequence[Slot[Any]]) -> None:

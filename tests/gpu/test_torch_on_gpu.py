@@ -74,6 +74,18 @@ def test_several_gpus_compute_the_same(driver, bundle, image, devices, use_graph
     assert relative_error(found, reference) < LIMITS[bundle.manifest.precision].relative_error
 
 
+def test_a_process_that_allows_tf32_gets_float32_all_the_same(single_bundle, image):
+    with open_torch(single_bundle, "0") as session:
+        expected = session.run({"image": image})["logits"]
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with open_torch(single_bundle, "0") as session:
+            found = session.run({"image": image})["logits"]
+    finally:
+        torch.backends.fp32_precision = "none"
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # Boundaries.
 
 
@@ -226,6 +238,31 @@ def test_inferences_overlap_and_stay_apart(single_bundle):
     assert wrong == []
 
 
+def test_sessions_come_and_go_while_another_enqueues(single_bundle, image):
+    with open_torch(single_bundle, "0", use_graphs=False) as busy:
+        expected = busy.run({"image": image})["logits"]
+        is_over, wrong = threading.Event(), []
+
+        def serve():
+            while not is_over.is_set():
+                found = busy.run({"image": image})["logits"]
+                if relative_error(found, expected) > 1e-3:
+                    wrong.append(found)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            for _ in range(10):
+                with open_torch(single_bundle, "0") as other:
+                    found = other.run({"image": image})["logits"]
+                    assert relative_error(found, expected) < 1e-3
+                    assert other.execution.mode == "graph", other.execution
+        finally:
+            is_over.set()
+            thread.join()
+    assert wrong == []
+
+
 # Memory.
 
 
@@ -345,6 +382,8 @@ def test_cupy_arrays_and_streams_are_taken(session, image, expected):
 
 
 def test_arrays_that_speak_only_dlpack_are_taken(session, image, expected):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+
     class OnlyDlpack:
         def __init__(self, tensor):
             self.tensor = tensor

@@ -36,7 +36,6 @@ class BindingsDriver:
             # differ from version to version; that of this module is no RuntimeError.
             raise CudaError("cuInit", "no NVIDIA driver", str(error).splitlines()[0]) from error
         self._contexts: dict[int, Any] = {}
-        self._retained: dict[int, int] = {}
         self._thread_local = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         flags = self._cuda.CUgraphInstantiate_flags
         self._use_node_priority = int(flags.CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY)
@@ -48,14 +47,10 @@ class BindingsDriver:
     def retain_context(self, device: int) -> None:
         """See `CudaDriver.retain_context`."""
         context = self._call("cuDevicePrimaryCtxRetain", self._device(device))
-        self._contexts[device] = context
-        self._retained[device] = self._retained.get(device, 0) + 1
+        self._contexts[device] = context  # and stays known: CUDA itself counts who retains it
 
     def release_context(self, device: int) -> None:
         """See `CudaDriver.release_context`."""
-        self._retained[device] -= 1
-        if not self._retained[device]:
-            del self._contexts[device]
         self._call("cuDevicePrimaryCtxRelease", self._device(device))
 
     def push_context(self, device: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def capture(driver: CudaDriver, device: int, stream: int, enqueue: Callable[[], 
     Exception
         Whatever refused the capture. None is open then, and no graph is left.
     """
-    with _without_collector():
+    with _COLLECTOR.off():
         driver.begin_capture(stream)
         try:
             enqueue()
@@ -51,16 +52,33 @@ def capture(driver: CudaDriver, device: int, stream: int, enqueue: Callable[[], 
     return executable
 
 
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python's collector off meanwhile.
+class _Collector:
+    """Python's collector, off for as long as any thread captures.
 
-    What it collects may release memory of the GPU, which CUDA forbids during a capture.
+    What it collects may release memory of the GPU, which CUDA forbids to a thread that
+    captures; and it works in whatever thread happens to be running.
     """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captures = 0
+        self._was_on = False
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Keep it off meanwhile, and switch it on when the last one is through."""
+        with self._lock:
+            if not self._captures:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._captures += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._captures -= 1
+                if not self._captures and self._was_on:
+                    gc.enable()
+
+
+_COLLECTOR = _Collector()

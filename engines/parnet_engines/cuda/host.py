@@ -7,6 +7,8 @@ launch where CUDA allows it, see `parnet_engines.cuda.launch`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import threading
 import time
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,13 @@ _KEPT_PLACES = 4
 """For how many combinations of a caller's addresses graphs are kept."""
 
 _POLL_S = 50e-6
+
+_PREPARING = threading.Lock()
+"""Held by the thread that binds engines, runs them for the first time, and captures.
+
+First runs load kernels and make handles of libraries, which may wait for the whole device, and
+that breaks a capture, whichever thread it is of.
+"""
 
 
 class CudaHost:
@@ -283,6 +292,7 @@ class CudaHost:
         """
         if self._is_hung:
             self._resources.abandon()
+            _leave_as_it_is(self._launches, self._bindings)
             return
         try:
             self._drain()
@@ -303,18 +313,19 @@ class CudaHost:
 
         A graph works in the memory of the bindings, which are returned to be kept alive.
         """
-        bindings: dict[int, Enqueue] = {}
-        for index, step in enumerate(self._program.steps):
-            if isinstance(step, Run):
-                buffers = (*step.inputs, *step.outputs)
-                same = all(regions[name] is self._regions[name] for name in buffers)
-                known = self._bindings.get(index) if same else None
-                bindings[index] = known or self._bind(step, regions)
-        if not self._bindings:
-            self._bindings = bindings
-        actions = self._lanes.actions(regions, bindings)
-        self._execution, launch = self._launcher.prepare(actions)
-        return launch, bindings
+        with _PREPARING:
+            bindings: dict[int, Enqueue] = {}
+            for index, step in enumerate(self._program.steps):
+                if isinstance(step, Run):
+                    buffers = (*step.inputs, *step.outputs)
+                    same = all(regions[name] is self._regions[name] for name in buffers)
+                    known = self._bindings.get(index) if same else None
+                    bindings[index] = known or self._bind(step, regions)
+            if not self._bindings:
+                self._bindings = bindings
+            actions = self._lanes.actions(regions, bindings)
+            self._execution, launch = self._launcher.prepare(actions)
+            return launch, bindings
 
     def _bind(self, step: Run, regions: Mapping[str, Region]) -> Enqueue:
         engine = self._engines[step.segment, step.lane]
@@ -364,6 +375,15 @@ class CudaHost:
         for device, stream in self._used_streams:
             with on_device(self._driver, device):
                 self._driver.synchronize(stream)
+
+
+def _leave_as_it_is(*used: object) -> None:
+    """Let the memory of engines outlive everything, even the interpreter.
+
+    Runtimes release it with the last reference, and that waits for the GPU, for good.
+    """
+    for one in used:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
 
 
 def _enqueue(segment: str, enqueue: Enqueue, stream: int) -> None:

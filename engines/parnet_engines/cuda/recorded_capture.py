@@ -26,9 +26,18 @@ class RecordedEvent:
     """An event: where it was recorded last, and when."""
 
     device: int
+    is_timed: bool = True
     capture: RecordedCapture | None = None
     before: set[int] = field(default_factory=set)
     time_ms: float | None = None
+
+    def reached_ms(self, device: int) -> float:
+        """Return when it was reached, as far as CUDA would tell: outside captures, if timed."""
+        if self.capture is not None:
+            raise CudaError("elapsed_ms", "CUDA_ERROR_CAPTURED_EVENT")
+        if self.time_ms is None or self.device != device or not self.is_timed:
+            raise CudaError("elapsed_ms", "CUDA_ERROR_INVALID_HANDLE")
+        return self.time_ms
 
 
 class OpenCaptures:
@@ -55,6 +64,12 @@ class OpenCaptures:
         """Let nothing come of any of them."""
         for capture in self._by_stream.values():
             capture.is_valid = False
+
+    def require_none(self, verb: str) -> None:
+        """Refuse what a thread may not do while it captures, which spoils what it captures."""
+        if self._by_stream:
+            self.invalidate()
+            raise CudaError(verb, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
 
     def require_valid(self, verb: str, stream: int) -> None:
         """Refuse a call about a stream whose capture has been refused something before."""

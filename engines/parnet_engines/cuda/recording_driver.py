@@ -3,7 +3,7 @@
 What is enqueued on a stream is carried out at once, in issue order, which is one of the
 orders that CUDA allows; a captured graph is carried out whenever it is launched. Rules that
 CUDA enforces are enforced: contexts have to be current, captured streams have to come back,
-nothing is used after its release.
+no memory is taken or given back meanwhile, nothing is used after its release.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ class RecordingDriver:
 
     def create_event(self, device: int, *, timing: bool = False) -> int:
         """See `CudaDriver.create_event`."""
-        return self._create(self._events, "create_event", device, RecordedEvent(device), timing)
+        event = RecordedEvent(device, timing)
+        return self._create(self._events, "create_event", device, event, timing)
 
     def destroy_event(self, device: int, event: int) -> None:
         """See `CudaDriver.destroy_event`."""
@@ -201,13 +202,7 @@ class RecordingDriver:
         """See `CudaDriver.elapsed_ms`."""
         first, last = self._events[begin], self._events[end]
         self._note("elapsed_ms", device, begin, end)
-        if (
-            not first.device == last.device == device
-            or first.time_ms is None
-            or last.time_ms is None
-        ):
-            raise CudaError("elapsed_ms", "CUDA_ERROR_INVALID_HANDLE")
-        return last.time_ms - first.time_ms
+        return last.reached_ms(device) - first.reached_ms(device)
 
     def free_bytes(self, device: int) -> int:
         """See `CudaDriver.free_bytes`."""
@@ -223,6 +218,7 @@ class RecordingDriver:
         """See `CudaDriver.free`."""
         self._require_home(self._memory.release(address), device)
         self._note("free", device, address)
+        self._captures.require_none("free")
 
     def allocate_pinned(self, device: int, size_bytes: int) -> int:
         """See `CudaDriver.allocate_pinned`."""
@@ -232,6 +228,7 @@ class RecordingDriver:
         """See `CudaDriver.free_pinned`."""
         self._memory.release(address)
         self._note("free_pinned", device, address)
+        self._captures.require_none("free_pinned")
 
     def copy_to_device(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See `CudaDriver.copy_to_device`."""
@@ -398,5 +395,6 @@ class RecordingDriver:
         self._require_retained(device)
         address, backing = self._memory.prepare(size_bytes)
         self._note(verb, device, size_bytes, address)
+        self._captures.require_none(verb)
         self._memory.keep(address, backing, size_bytes, owner)
         return address

@@ -143,6 +143,11 @@ class _Binding:
         """Enqueue one execution on a CUDA stream."""
         if stream not in self._on_stream:
             self._on_stream[stream] = self._bound(stream)
+            # The first run finds out what memory a run takes, and the second allocates that.
+            self._run(stream)
+        self._run(stream)
+
+    def _run(self, stream: int) -> None:
         session, binding = self._on_stream[stream]
         session.run_with_iobinding(binding, self._options)
 

@@ -6,8 +6,6 @@ or without TensorRT.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +17,14 @@ from parnet_engines.cuda.engine import CudaSegmentEngine
 from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.engine import SegmentEngine
 from parnet_engines.runtimes.torch_graph import TorchGraph
+from parnet_engines.runtimes.torch_pool import TorchPool, release_unused
+from parnet_engines.runtimes.torch_precision import float32_precision
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import onnx_path
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from parnet_engines.cuda.engine import DeviceTensor
     from parnet_export.bundle import Bundle
     from parnet_export.stream_graph import Segment
-
-_ENQUEUEING = threading.Lock()
-"""Which precisions are allowed, and the workspaces of cuBLAS, are the same for all threads."""
 
 
 class TorchEngine(SegmentEngine):
@@ -123,7 +120,9 @@ class TorchCudaEngine(CudaSegmentEngine):
         self._graph: TorchGraph | None = TorchGraph(
             path, segment.name, f"cuda:{device}", channels_last=self._channels_last
         )
-        torch.cuda.synchronize(device)  # the weights are there before any stream reads them
+        # The weights are there before any stream reads them. Waiting for the whole device would
+        # spoil a capture that another thread has open on it.
+        torch.cuda.current_stream(device).synchronize()
 
     def bind(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]
@@ -138,15 +137,11 @@ class TorchCudaEngine(CudaSegmentEngine):
         """Release the weights, as soon as no binding is left."""
         if self._graph is not None:
             self._graph = None
-            _forget_workspaces()
+            release_unused()
 
 
 class _CudaBinding:
-    """A graph, the memory it works on, and a pool for what lies in between.
-
-    A captured graph works in the same memory at every launch, so that nobody else may
-    have it: intermediate tensors come from a pool of their own.
-    """
+    """A graph, the memory it works on, and a pool for what lies in between."""
 
     def __init__(
         self,
@@ -162,39 +157,17 @@ class _CudaBinding:
         self._writes = writes
         self._device = device
         self._tf32 = tf32
-        with torch.cuda.device(device):  # a pool is of the device that is current
-            self._pool = torch.cuda.MemPool()
-        _forget_workspaces()
+        self._pool = TorchPool(device)
         self._streams: dict[int, torch.cuda.ExternalStream] = {}
 
     def __call__(self, stream: int) -> None:
         """Enqueue one execution on a CUDA stream."""
-        device = self._device
         external = self._streams.get(stream)
         if external is None:
-            external = self._streams[stream] = torch.cuda.ExternalStream(stream, device)
-        with (
-            _ENQUEUEING,
-            torch.cuda.device(device),
-            torch.cuda.stream(external),
-            torch.cuda.use_mem_pool(self._pool, device),
-            _precision(tf32=self._tf32),
-        ):
+            external = torch.cuda.ExternalStream(stream, self._device)
+            self._streams[stream] = external
+        with self._pool.in_use(external), float32_precision(tf32=self._tf32):
             _compute(self._graph, self._reads, self._writes)
-
-
-def _forget_workspaces() -> None:
-    """Let cuBLAS take new workspaces when it next runs.
-
-    torch keeps one for each CUDA stream by the stream's handle, also when the stream is gone
-    and with it the pool that the workspace is of. A new stream may have the same handle, and
-    a captured graph would work in memory that is about to be released. Graphs that are there
-    keep theirs: it returns to the pool of their binding, which nobody else takes memory from.
-    """
-    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001
-    if forget is not None:
-        with _ENQUEUEING:
-            forget()
 
 
 def strides_of(tensor: DeviceTensor) -> tuple[int, ...] | None:
@@ -303,20 +276,6 @@ def load_engines(
         path = onnx_path(bundle, name)
         engines[name] = TorchCudaEngine(segment, path, device, layouts=layouts)
     return engines
-
-
-@contextlib.contextmanager
-def _precision(*, tf32: bool) -> Iterator[None]:
-    """Allow or forbid TF32 meanwhile, for convolutions and for products."""
-    products = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=False, allow_tf32=tf32
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = products
 
 
 def _compute(

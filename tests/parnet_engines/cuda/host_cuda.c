@@ -2,8 +2,9 @@
 
    It has what the interpreter uses, and does at once, in host memory, what a GPU would do
    later: in an order that CUDA allows. It refuses what CUDA refuses: a missing context, a
-   stream of another device, waiting in a capture for what lies outside, waiting for a
-   captured stream. HOST_CUDA_NO_PEERS and HOST_CUDA_NO_JOINT_GRAPHS take abilities away. */
+   stream of another device, waiting in a capture for what lies outside and the other way
+   round, waiting for a captured stream, memory taken or given back meanwhile.
+   HOST_CUDA_NO_PEERS and HOST_CUDA_NO_JOINT_GRAPHS take abilities away. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -12,15 +13,15 @@
 enum { GPUS = 3, LEGACY = 1, PER_THREAD = 2, MAX = 4096 };
 enum {
     OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, PEERS_ALREADY = 704, INVALID_HANDLE = 400,
-    NOT_FOUND = 500, UNSUPPORTED = 900, INVALIDATED = 901, ISOLATION = 905
+    NOT_FOUND = 500, UNSUPPORTED = 900, INVALIDATED = 901, ISOLATION = 905, CAPTURED = 907
 };
 enum { DEVICE = 2, HOST = 1 };
 
 typedef struct Graph Graph;
 typedef struct { int device; Graph *capture; } Stream;
-typedef struct { int device, timing; Graph *capture; double time_ms; } Event;
+typedef struct { int device, timing; uint64_t capture; double time_ms; } Event;
 typedef struct { void *to; const void *from; size_t bytes; Event *event; } Op;
-struct Graph { Stream *lead; int valid, count; Op ops[MAX]; };
+struct Graph { Stream *lead; uint64_t capture; int valid, count; Op ops[MAX]; };
 typedef struct { char *at; size_t bytes; int device; } Block;
 
 static __thread int stack[64], depth;
@@ -28,6 +29,7 @@ static int retained[GPUS], enabled[GPUS][GPUS];
 static Stream *streams[MAX];
 static Block blocks[MAX];
 static int events, graphs, executables;
+static uint64_t captures; /* all that have begun, each with its number */
 static double now_ms;
 
 int host_cuda_alive(void) {
@@ -140,7 +142,7 @@ static int destroy_event(Event *e) { events--; free(e); return OK; }
 static int record(Event *e, Stream *s) {
     if (!depth) return INVALID_CONTEXT;
     if (!is_default(s) && s->device != e->device) return INVALID_HANDLE;
-    e->capture = is_default(s) ? NULL : s->capture;
+    e->capture = is_default(s) || !s->capture ? 0 : s->capture->capture;
     if (!e->capture) e->time_ms = now_ms += 0.25;
     return OK;
 }
@@ -149,29 +151,45 @@ static int record_with_flags(Event *e, Stream *s, unsigned flags) {
     if (is_default(s) || !s->capture) return 401;
     return enqueue(s, (Op){.event = e});
 }
+/* A capture that has not ended: the one of this number, or any if there is none. */
+static Graph *open_capture(uint64_t capture) {
+    for (int i = 0; i < MAX; i++)
+        if (streams[i] && streams[i]->capture)
+            if (!capture || streams[i]->capture->capture == capture) return streams[i]->capture;
+    return NULL;
+}
 static int wait_event(Stream *s, Event *e, unsigned flags) {
     (void)flags;
     if (!depth) return INVALID_CONTEXT;
     if (is_default(s)) return e->capture ? ISOLATION : OK;
     if (!e->capture && !s->capture) return OK;
-    if (!e->capture || (s->capture && s->capture != e->capture)) {
+    Graph *awaited = e->capture ? open_capture(e->capture) : NULL;
+    if (!awaited && !s->capture) return CAPTURED;
+    if (!awaited || (s->capture && s->capture != awaited)) {
         s->capture->valid = 0;
         return ISOLATION;
     }
-    if (s->device != e->capture->lead->device && getenv("HOST_CUDA_NO_JOINT_GRAPHS")) {
-        e->capture->valid = 0;
+    if (s->device != awaited->lead->device && getenv("HOST_CUDA_NO_JOINT_GRAPHS")) {
+        awaited->valid = 0;
         return UNSUPPORTED;
     }
-    s->capture = e->capture;
+    s->capture = awaited;
     return OK;
 }
 static int elapsed(float *ms, Event *from, Event *to) {
     if (!from->timing || !to->timing) return INVALID_HANDLE;
+    if (from->capture || to->capture) return CAPTURED;
     *ms = (float)(to->time_ms - from->time_ms);
     return OK;
 }
+static int require_no_capture(void) {
+    Graph *found = open_capture(0);
+    if (found) found->valid = 0;
+    return found ? UNSUPPORTED : OK;
+}
 static int take(uintptr_t *at, size_t bytes, int device) {
     if (!depth || !bytes) return INVALID_VALUE;
+    if (require_no_capture()) return UNSUPPORTED;
     for (int i = 0; i < MAX; i++)
         if (!blocks[i].at) {
             blocks[i] = (Block){aligned_alloc(256, (bytes + 255) / 256 * 256), bytes, device};
@@ -181,6 +199,7 @@ static int take(uintptr_t *at, size_t bytes, int device) {
     return 2;
 }
 static int give_back(char *at) {
+    if (require_no_capture()) return UNSUPPORTED;
     for (int i = 0; i < MAX; i++)
         if (blocks[i].at == at) { free(at); blocks[i].at = NULL; return OK; }
     return INVALID_VALUE;
@@ -199,6 +218,7 @@ static int begin_capture(Stream *s, int mode) {
     if (mode != 1 || is_default(s) || s->capture) return 401;
     s->capture = calloc(1, sizeof(Graph));
     s->capture->lead = s;
+    s->capture->capture = ++captures;
     s->capture->valid = 1;
     return OK;
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 
 import pytest
 
@@ -88,7 +90,6 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda_bindings, "_import_driver", lambda: module)
     found = BindingsDriver()
     found._contexts = {device: cuda.CUcontext(16 + device) for device in range(2)}
-    found._retained = {0: 1}
     return found, module
 
 
@@ -106,3 +107,40 @@ def test_arguments_are_of_types_that_the_bindings_take(driver, name):
         # A name or type that the bindings do not have is an AttributeError or TypeError.
         with pytest.raises(RuntimeError, match=r"driver library|libcuda\.so"):
             getattr(found, name)(*CALLS[name], **options)
+
+
+def test_threads_that_come_and_go_leave_each_other_their_contexts(monkeypatch):
+    """Each thread counts on a context from when it retains it until it releases it."""
+
+    class Primary:
+        CUstreamCaptureMode = cuda.CUstreamCaptureMode
+        CUgraphInstantiate_flags = cuda.CUgraphInstantiate_flags
+
+        def __getattr__(self, name):
+            context = () if name in {"cuInit", "cuDevicePrimaryCtxRelease"} else (16,)
+            return lambda *_: (cuda.CUresult.CUDA_SUCCESS, *context)
+
+    monkeypatch.setattr(cuda_bindings, "_import_driver", Primary)
+    found, wrong = BindingsDriver(), []
+
+    def come_and_go() -> None:
+        try:
+            for _ in range(3000):
+                found.retain_context(0)
+                found.push_context(0)
+                found.pop_context()
+                found.release_context(0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
+            wrong.append(repr(error))
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=come_and_go) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert wrong == []

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
+import threading
+import time
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +31,7 @@ from parnet_engines.schedule.check import checked, find_faults
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
 from parnet_engines.schedule.program import Copy, Program, Record, Run, Wait
-from parnet_engines.segment_errors import SegmentFailedError
+from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
 from parnet_export.errors import InputError
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
 
@@ -613,6 +617,75 @@ def test_a_foreign_stream_is_ordered_before_and_after(caller):
 
 
 # What else can be wrong.
+
+
+def test_no_thread_runs_engines_for_the_first_time_while_another_captures():
+    under_way, most = [], []
+
+    class Waiting(HostedEngine):
+        """Gives the other thread time to get in between."""
+
+        def bind(self, inputs, outputs):
+            enqueue = super().bind(inputs, outputs)
+
+            def run(stream):
+                under_way.append(self)
+                time.sleep(0.002)
+                most.append(len(under_way))
+                under_way.remove(self)
+                enqueue(stream)
+
+            return run
+
+    def prepare() -> None:
+        make_host(RecordingDriver(), "three lanes", Waiting)
+
+    threads = [threading.Thread(target=prepare) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 3 * 2 * 6  # a warm-up and a capture of six segments each
+    assert max(most) == 1
+
+
+class Hanging(RecordingDriver):
+    """Streams never get anywhere once it is told so."""
+
+    hangs = False
+
+    def is_idle(self, stream):
+        return super().is_idle(stream) and not self.hangs
+
+
+def test_memory_that_a_hanging_gpu_uses_is_never_released():
+    class Binding:
+        def __call__(self, stream):
+            pass
+
+    bindings = []
+
+    class Releasing(HostedEngine):
+        def bind(self, inputs, outputs):  # noqa: ARG002 - the protocol's signature
+            binding = Binding()
+            bindings.append(weakref.ref(binding))
+            return binding
+
+    driver = Hanging()
+    host = make_host(driver, "one lane", Releasing, timeout_s=0.001)
+    host.run()
+    held = driver.open_resources
+    driver.hangs = True
+    with pytest.raises(SegmentHungError):
+        host.run()
+    with pytest.raises(SegmentHungError):
+        host.run()
+    host.close()
+    del host
+    gc.collect()
+    assert driver.open_resources == held
+    assert len(bindings) == 6
+    assert all(binding() is not None for binding in bindings)
 
 
 def test_spans_lie_on_the_clocks_time_scale():

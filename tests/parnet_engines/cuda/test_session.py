@@ -659,3 +659,51 @@ def test_where_no_runtime_can_every_reason_is_given(bundle):
     program = lower(bundle.stream_graph, placement)
     with pytest.raises(InputError, match=r"torch: GPU 0: this torch was built without CUDA.*onnx"):
         load_engines(bundle, program, RecordingDriver())
+
+
+# The end.
+
+
+def fail_once(driver, call):
+    """Let the next call of a name fail; return a function that tells whether it has."""
+    working, failed = getattr(driver, call), []
+
+    def fail(*arguments):
+        if failed:
+            return working(*arguments)
+        failed.append(call)
+        raise CudaError(call, "CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    setattr(driver, call, fail)
+    return failed
+
+
+def test_an_error_at_the_end_keeps_nothing_open():
+    driver = RecordingDriver()
+    session = open_session(driver, in_flight=2)
+    image = np.ones((2, 4), np.float32)
+    for _ in range(2):
+        session.run({"image": image})
+    engines = session.engines
+    failed = fail_once(driver, "synchronize")
+    with pytest.raises(CudaError, match="ILLEGAL_ADDRESS"):
+        session.close()
+    assert failed
+    assert driver.open_resources == {}
+    assert all(engine.is_closed for engine in engines)
+
+
+def test_memory_of_a_shape_that_could_not_be_released_is_not_used_again():
+    driver = RecordingDriver()
+    with open_session(driver) as session:
+        images = [np.ones((size, 4), np.float32) for size in range(1, 6)]
+        for image in images[:4]:
+            session.run({"image": image})
+        failed = fail_once(driver, "synchronize")
+        with pytest.raises(CudaError, match="ILLEGAL_ADDRESS"):
+            session.run({"image": images[4]})
+        assert failed
+        for image in images:
+            found = session.run({"image": image})["logits"]
+            np.testing.assert_array_equal(found, expected(image))
+    assert driver.open_resources == {}

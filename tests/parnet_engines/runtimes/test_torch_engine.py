@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -330,6 +331,9 @@ def torch_without_cuda(monkeypatch):
         shown = np.lib.stride_tricks.as_strided(memory, tensor.shape, strides)
         return torch.from_numpy(shown)
 
+    def wait_for_all(_):
+        pytest.fail("waiting for a whole device spoils the captures of other threads")
+
     nothing = contextlib.nullcontext
     monkeypatch.setattr(torch_engine, "as_tensor", as_tensor)
     monkeypatch.setattr(torch_engine, "require_kernels", lambda _: None)
@@ -338,7 +342,9 @@ def torch_without_cuda(monkeypatch):
         torch_engine, "TorchGraph", lambda path, name, _, **options: graph(path, name, **options)
     )
     stand_ins = {
-        "synchronize": lambda _: None,
+        "synchronize": wait_for_all,
+        "current_stream": lambda _: SimpleNamespace(synchronize=lambda: None),
+        "is_current_stream_capturing": lambda: False,
         "ExternalStream": lambda stream, _: stream,
         "MemPool": object,
         "stream": lambda _: nothing(),
