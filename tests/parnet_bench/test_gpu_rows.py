@@ -24,6 +24,7 @@ from parnet_bench.results.procedure import Procedure
 from parnet_bench.results.result import RowTimeline, SplitTimes
 from parnet_bench.results.result_file import as_dict, decode
 from parnet_bench.results.summary import summarise
+from parnet_bench.targets import row_devices
 from parnet_bench.targets.request import Request
 from parnet_bench.targets.rows import plan_rows
 from parnet_bench.workers import loaded_row, worker
@@ -294,6 +295,7 @@ def on_gpus(monkeypatch, forked_bundle, tmp_path):
     monkeypatch.setattr(latency, "RowProcess", GpuRow)
     monkeypatch.setattr(latency, "_WatchedRow", GpuRow)
     monkeypatch.setattr(latency, "harness_overhead_ns", lambda *_: (1000,))
+    monkeypatch.setattr(row_devices, "open_driver", lambda _: RecordingDriver(2))
     monkeypatch.setattr(GpuRow, "processes", 0)
     request = Request(targets=(str(forked_bundle.path),), devices="0", plan="whole")
     rows, _ = plan_rows(request, tmp_path, contextlib.nullcontext)

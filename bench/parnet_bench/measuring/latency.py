@@ -13,7 +13,7 @@ from parnet_bench.machine.footprint import Footprint, graph_sizes, peak_host_byt
 from parnet_bench.machine.nvml import open_nvml
 from parnet_bench.measuring.measure import measure
 from parnet_bench.results.result import FailedRow, Recording, Result, Row, RowTimeline
-from parnet_bench.targets.row_devices import gpu_ordinals
+from parnet_bench.targets.row_devices import gpus_of
 from parnet_bench.workers.job import Job, job_of
 from parnet_bench.workers.row_process import RowFailedError, RowProcess
 from parnet_bench.workers.turn import TurnRequest
@@ -121,9 +121,9 @@ class _Run:
         self._peak_bytes: dict[str, int] = {}
         self._figures: defaultdict[str, list[DeviceFigures]] = defaultdict(list)
         self._timelines: dict[str, RowTimeline] = {}
-        gpus = gpu_ordinals(row.description.devices for row in rows)
+        gpus = gpus_of(row.description.devices for row in rows)
         self._energy = EnergyTally(find_meter(gpus))
-        self._watch = GpuWatch(open_nvml()[0] if gpus else None)
+        self._watch = GpuWatch(open_nvml()[0] if gpus else None, gpus)
 
     def launch(self, name: str, _: int) -> Worker:
         job = job_of(self._rows[name], data_transfers=self._procedure.data_transfers)

@@ -84,5 +84,5 @@ def _gpus(result: Result) -> Iterator[tuple[str, str]]:
         seen[state.index] = extremes(seen.get(state.index, state), state)
     for index, gpu in seen.items():
         clocks = f"{gpu.clock_mhz} of {gpu.max_clock_mhz} MHz at least" if gpu.clock_mhz else ""
-        facts = (gpu.name, f"driver {gpu.driver}", clocks, *heat_of(gpu))
+        facts = (gpu.name, gpu.bus_id, f"driver {gpu.driver}", clocks, *heat_of(gpu))
         yield f"GPU {index}", ", ".join(filter(None, facts))
