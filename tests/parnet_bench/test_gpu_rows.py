@@ -168,6 +168,19 @@ def test_the_most_memory_that_was_seen_is_kept_and_what_flushes_take_left_out(dr
     assert driver.locate(first).device == driver.locate(others).device == 0
 
 
+def test_memory_that_rows_take_which_are_loaded_later_is_not_the_rows(driver, job):
+    first = LoadedRow(job)
+    second = LoadedRow(job)  # in a process of its own, of which the driver tells as much
+    for row in (first, second):
+        row.take_turn(TurnRequest(1))
+    peaks = [row.device_figures(TurnRequest(1)).peak_device_bytes for row in (first, second)]
+    assert peaks[0] == peaks[1] > 0
+    second.close()
+    first.take_turn(TurnRequest(1))
+    assert first.device_figures(TurnRequest(1)).peak_device_bytes == peaks[0]
+    first.close()
+
+
 def test_gpus_that_refuse_leave_nothing_open():
     driver = RecordingDriver(1, fail_at=1)
     with pytest.raises(CudaError):
