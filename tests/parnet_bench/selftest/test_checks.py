@@ -7,8 +7,10 @@ import json
 import pytest
 
 from parnet_bench.selftest import checks as selftest
+from parnet_engines.cuda.driver import CudaError
 from parnet_engines.proof.accuracy import LIMITS, Accuracy
 from parnet_engines.proof.device_proof import DeviceProof
+from parnet_engines.runtimes import ort_cuda
 from parnet_export.errors import InputError
 
 
@@ -69,8 +71,34 @@ def test_the_selftest_of_gpus_makes_every_check(recorder):
         in (details["copies between devices"])
     )
     assert details["with and without a CUDA graph"].endswith("; relative error 0.0e+00")
-    assert found.hardware[2] == "2: Recorder 2, compute capability 9.0, 80 GiB"
+    assert found.hardware[2] == "2: Recorder 2, compute capability 9.0, 80 GiB, 0000:07:00.0"
     assert recorder.open_resources == {}
+
+
+def test_a_check_that_breaks_in_any_way_is_a_row(monkeypatch):
+    def break_(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(selftest, "prove_on_devices", break_)
+    found = selftest.run_selftest(selftest.Request("cpu"), lambda _: None)
+    assert [check.passed for check in found.checks] == [False, True, True, True, True]
+    assert found.checks[0].detail == "AssertionError: Torch not compiled with CUDA enabled"
+
+
+@pytest.mark.parametrize(("engine", "passed"), [("torch", False), ("onnxruntime", True)])
+def test_a_capture_that_is_refused_fails_where_it_should_not(recorder, monkeypatch, engine, passed):
+    def refuse(_):
+        raise CudaError("begin_capture", "CUDA_ERROR_UNKNOWN")
+
+    monkeypatch.setattr(recorder, "begin_capture", refuse)
+    monkeypatch.setattr("parnet_engines.runtimes.torch_engine.load_engines", ort_cuda.load_engines)
+    found = selftest.run_selftest(selftest.Request("0", engine), lambda _: None)
+    (check,) = [c for c in found.checks if c.name == "with and without a CUDA graph"]
+    assert check.passed is passed
+    assert check.detail.startswith(
+        "step by step, without a CUDA graph (one CUDA graph was refused: begin_capture failed"
+    )
+    assert [c.name for c in found.checks if not c.passed] == [check.name] * (not passed)
 
 
 def test_the_selftest_in_half_precision_compares_boundaries(recorder, monkeypatch):
