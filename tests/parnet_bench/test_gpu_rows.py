@@ -19,11 +19,13 @@ from parnet_bench.measuring.latency import measure_rows
 from parnet_bench.report.csv_file import csv_text
 from parnet_bench.report.html_page import render_page
 from parnet_bench.report.table import render
+from parnet_bench.results.comparability import refusals
 from parnet_bench.results.cost_columns import HEADINGS, cells_of, costs_of
 from parnet_bench.results.procedure import Procedure
 from parnet_bench.results.result import RowTimeline, SplitTimes
 from parnet_bench.results.result_file import as_dict, decode
 from parnet_bench.results.summary import summarise
+from parnet_bench.results.used_runtimes import used_runtimes
 from parnet_bench.targets import row_devices
 from parnet_bench.targets.request import Request
 from parnet_bench.targets.rows import plan_rows
@@ -209,6 +211,7 @@ def test_figures_are_those_of_the_memory_the_files_and_the_parts(driver, job, da
         step.segment for step in row._session.program.program.steps if hasattr(step, "segment")
     }
     assert figures.engine_bytes == PLAN_BYTES * len(segments) > PLAN_BYTES
+    assert (figures.engine, figures.execution) == ("onnxruntime", "one CUDA graph")
     row.close()
     assert driver.open_resources == {}
 
@@ -293,7 +296,8 @@ class GpuRow:
             ((ms // 8,) * count,),
             ((ms // 2,) * count,),
         )
-        return DeviceFigures(split, 1_000_000_000 + self.number, 50_000_000)
+        memory_bytes = 1_000_000_000 + self.number
+        return DeviceFigures(split, memory_bytes, 50_000_000, "torch", "one CUDA graph")
 
     def timeline(self, _):
         return RowTimeline({}, {})
@@ -342,6 +346,7 @@ def test_parts_memory_and_engines_stand_in_table_page_and_csv(on_gpus):
         assert "Caches were emptied before each inference" in words
         assert "GPU memory is what the row's process took" in words.replace("&#39;", "'")
         assert "medians by CUDA events" in words
+        assert "All rows: torch, one CUDA graph." in words
     cells = dict(zip(HEADINGS, cells_of(costs_of(on_gpus, (summary,))[0]), strict=True))
     assert cells["GPU memory"].text == "1.00 GB"
     figures = dict(zip(*(line.split(",") for line in lines[:2]), strict=True))
@@ -349,6 +354,24 @@ def test_parts_memory_and_engines_stand_in_table_page_and_csv(on_gpus):
     assert figures["engine_bytes"] == "50000000"
     assert float(figures["enqueue_ms"]) == 0.5
     assert np.isclose(float(figures["host_to_device_ms"]), 0.25)
+
+
+def test_results_of_other_runtimes_or_launches_are_not_compared(on_gpus):
+    libraries = {"onnxruntime": "1.31", "tensorrt": "10.13", "torch": "2.11"}
+    environment = replace(on_gpus.environment, libraries=libraries)
+    before = replace(on_gpus, environment=environment)
+    assert used_runtimes(before) == {"torch": "2.11"}
+    assert refusals(before, before) == ()
+    (row,) = before.rows
+    for changes, said in (
+        ({"engine": "tensorrt"}, "the runtime is tensorrt instead of torch"),
+        ({"execution": "step by step"}, "launch it is step by step instead of one CUDA graph"),
+    ):
+        after = replace(before, rows=(replace(row, **changes),))
+        assert any(said in str(found) for found in refusals(before, after)), said
+    old = replace(before, rows=(replace(row, engine="", execution=""),))
+    assert used_runtimes(old) == libraries
+    assert not any("launch" in str(found) for found in refusals(old, before))
 
 
 def test_rows_on_the_cpu_say_nothing_of_gpus(make_result):

@@ -150,6 +150,7 @@ class _Run:
         rows = []
         for name, processes in measurement.recordings.items():
             recording = Recording(self._with_split(name, processes))
+            figures = self._figures[name]
             rows.append(
                 Row(
                     self._rows[name].description,
@@ -157,6 +158,8 @@ class _Run:
                     timeline=self._timelines.get(name),
                     footprint=self._footprint(name, recording),
                     energy=self._energy.of(name),
+                    engine=figures[0].engine if figures else "",
+                    execution=figures[0].execution if figures else "",
                 )
             )
         return Result(

@@ -110,7 +110,9 @@ def _failed(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
         name = row.description.name
         where = f" in process {row.process + 1}" if row.process else ""
         sentence = f"{name} {what}{where}: {row.reason}"
-        remedy = f"Try it alone: `parnet-bench latency {row.description.target}`."
+        devices = row.description.devices
+        where_to_run = f" --devices {devices}" if names_gpus(devices) else ""
+        remedy = f"Try it alone: `parnet-bench latency {row.description.target}{where_to_run}`."
         yield Finding("failed", name, sentence, remedy)
 
 

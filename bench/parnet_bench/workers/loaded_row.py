@@ -115,6 +115,8 @@ class LoadedRow:
             ),
             peak_device_bytes=gpus.peak_bytes,
             engine_bytes=sum(sizes) if sizes else None,
+            engine=session.engine,
+            execution=str(session.execution),
         )
 
     def timeline(self, runs: int) -> RowTimeline:
