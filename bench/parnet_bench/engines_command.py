@@ -32,7 +32,7 @@ def engines(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="Run as a whole engine beside them. Default: resnet34 resnet50.",
+            help="Run fused beside them. Default: resnet34 resnet50.",
             metavar="NAME",
             show_default=False,
         ),

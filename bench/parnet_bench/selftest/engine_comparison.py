@@ -57,7 +57,7 @@ class Request:
     networks
         Catalogue names that are run in every way.
     references
-        Catalogue names that are run as a whole engine only.
+        Catalogue names that are run fused, by torch and as a whole engine only.
     devices, engine
         As for `Session.open`.
     precision
@@ -227,10 +227,12 @@ class _Preparation:
             except Exception as error:  # noqa: BLE001 - the other networks are run all the same
                 yield EngineRow(name, WHOLE_ENGINE, None, reason=reason_of(error))
                 continue
-            self._build(network.bundle, whole_only=name not in request.networks)
-            if name in request.networks:
+            is_reference = name not in request.networks
+            self._build(network.bundle, whole_only=is_reference)
+            device = _torch_device(request.devices)
+            yield from torch_rows(network, device, unfused=not is_reference)
+            if not is_reference:
                 self.bundles[name] = network.bundle
-                yield from torch_rows(network, _torch_device(request.devices))
                 yield from session_rows(
                     sessions, name, network.bundle, request.devices, request.engine
                 )

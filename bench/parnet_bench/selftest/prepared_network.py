@@ -62,10 +62,21 @@ def prepare_network(
     return PreparedNetwork(name, network.module, fused.module, bundle, resolution)
 
 
-def torch_rows(network: PreparedNetwork, device: torch.device) -> Iterator[EngineRow]:
+def torch_rows(
+    network: PreparedNetwork, device: torch.device, *, unfused: bool = True
+) -> Iterator[EngineRow]:
     """Yield a row for each way in which torch runs a network without engines of ours.
 
     Half precision runs with channels last, which tensor cores want, as in our own engines.
+
+    Parameters
+    ----------
+    network
+        The network.
+    device
+        Where.
+    unfused
+        Whether it runs as it was trained, too.
     """
     is_half = network.bundle.manifest.precision == "fp16"
     dtype = torch.float16 if is_half else torch.float32
@@ -81,7 +92,8 @@ def torch_rows(network: PreparedNetwork, device: torch.device) -> Iterator[Engin
         )
 
     row = partial(torch_row, network.name)
-    yield row("torch, unfused", partial(place, network.unfused))
+    if unfused:
+        yield row("torch, unfused", partial(place, network.unfused))
     yield row("torch, fused", partial(place, network.fused))
     if device.type == "cuda":
         yield row("torch.compile, fused", partial(place, network.fused), compiled=True)

@@ -98,6 +98,7 @@ def test_engines_are_compared_on_the_cpu(run_cli, tmp_path):
         ("parnet-cifar-1.3m", "torch, fused"),
         ("parnet-cifar-1.3m", "whole engine"),
         ("parnet-cifar-1.3m", "split streams"),
+        ("resnet18", "torch, fused"),
         ("resnet18", "whole engine"),
     ]
     assert all(r["median_ms"] > 0 for r in found["rows"])
@@ -123,7 +124,7 @@ def small(monkeypatch, recorder, prepare):
     """A comparison of small networks on a recorder, without torch's rows and the probe."""
     monkeypatch.setattr(cuda_engines, "CUDA_ENGINES", {"onnxruntime": ort_cuda.__name__})
     monkeypatch.setattr(engine_comparison, "prepare_network", prepare)
-    monkeypatch.setattr(engine_comparison, "torch_rows", lambda *_: ())
+    monkeypatch.setattr(engine_comparison, "torch_rows", lambda *_, **__: ())
     peaks = Peaks(0, 1e12, 1e12, "fp16", "as a test says", "0")
     monkeypatch.setattr(engine_comparison, "measure_gpu_peaks", lambda *_: peaks)
     return Request(("parnet-cifar-1.3m",), ("resnet18",), resolution=32, rounds=3, runs=2)
