@@ -169,8 +169,13 @@ def compare_engines(
             )
             notes += preparation.notes
             notes += _closed(sessions)
-        progress("measuring what the device can do at most")
-        peaks, how = _peaks(request)
+        if turns.interrupted:
+            notes.append("Interrupted: there are fewer rounds, and no limits.")
+            preparation.bundles.clear()
+            peaks, how = None, "interrupted"
+        else:
+            progress("measuring what the device can do at most")
+            peaks, how = _peaks(request)
         engines = {row.network: row.engine for row in rows if row.name == WHOLE_ENGINE and row.run}
         limits = []
         for name, bundle in preparation.bundles.items():

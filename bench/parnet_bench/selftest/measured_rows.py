@@ -60,10 +60,13 @@ class Turns:
         The latencies of each possible row in milliseconds, round by round.
     failures
         Why rows dropped out; the rounds before are kept.
+    interrupted
+        Whether somebody has pressed Ctrl-C before the last round.
     """
 
     samples_ms: Mapping[int, tuple[tuple[float, ...], ...]]
     failures: Mapping[int, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def measure_in_turns(
@@ -92,19 +95,30 @@ def measure_in_turns(
         Of the order of rows.
     between
         Called after each turn.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After Ctrl-C in the first round. Later, the whole rounds before are returned.
     """
     order = random.Random(seed)  # noqa: S311 - an order, no secret
     turns = [(number, row.run) for number, row in enumerate(rows) if row.run is not None]
     found: dict[int, list[tuple[float, ...]]] = {number: [] for number, _ in turns}
     failures: dict[int, str] = {}
-    for round_number in range(rounds):
+    for done in range(rounds):
         order.shuffle(turns)
-        for number, run in turns:
-            try:
-                found[number].append(_turn(run, runs, clock))
-            except Exception as error:  # noqa: BLE001 - a row's trouble is no other row's
-                failures[number] = f"failed in round {round_number + 1}: {reason_of(error)}"
-            between()
+        try:
+            for number, run in turns:
+                try:
+                    found[number].append(_turn(run, runs, clock))
+                except Exception as error:  # noqa: BLE001 - a row's trouble is no other row's
+                    failures[number] = f"failed in round {done + 1}: {reason_of(error)}"
+                between()
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            whole = {number: tuple(one[:done]) for number, one in found.items()}
+            return Turns(whole, failures, interrupted=True)
         turns = [(number, run) for number, run in turns if number not in failures]
     return Turns({number: tuple(one) for number, one in found.items()}, failures)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,20 @@ def test_limits_that_cannot_be_measured_leave_the_rows(small, monkeypatch):
     assert capture.get().count("it is broken") == 3  # for each limit
 
 
+def test_an_interrupted_comparison_is_kept_without_limits(small, monkeypatch):
+    measure = engine_comparison.measure_in_turns
+    monkeypatch.setattr(
+        engine_comparison,
+        "measure_in_turns",
+        lambda *a, **o: replace(measure(*a, **o), interrupted=True),
+    )
+    monkeypatch.setattr(engine_comparison, "measure_gpu_peaks", broken)
+    result = compare_engines(small, MonotonicClock(), lambda _: None)
+    assert result.measured
+    assert (result.limits, result.peaks) == ((), "interrupted")
+    assert "Interrupted: there are fewer rounds, and no limits." in result.notes
+
+
 def test_sessions_that_cannot_be_closed_after_a_failure_are_a_note(small, monkeypatch):
     close = engine_rows.CudaSession.close
 
@@ -211,8 +226,6 @@ def limits_without(name):
 def test_what_cannot_be_meant_is_refused_before_anything_is_prepared(
     small, monkeypatch, changes, said
 ):
-    from dataclasses import replace
-
     monkeypatch.setattr(engine_comparison, "prepare_network", broken)
     with pytest.raises(InputError, match=said):
         compare_engines(replace(small, **changes), MonotonicClock(), lambda _: None)

@@ -86,6 +86,27 @@ def test_a_row_that_fails_drops_out_with_what_it_had_and_the_others_go_on():
     assert (split.against_whole.value, split.against_whole.rounds) == (1.5, 3)
 
 
+def interrupted_in(round_number):
+    clock = FakeClock()
+    left = iter(range(3 * (round_number - 1)))
+
+    def run():
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        clock.advance_ms(2.0)
+
+    rows = [row("whole engine", clock, 3.0), EngineRow("net", SPLIT, run)]
+    return measure_in_turns(rows, clock, rounds=9, runs=2, seed=0)
+
+
+def test_an_interrupted_measurement_keeps_its_whole_rounds():
+    turns = interrupted_in(4)
+    assert turns.interrupted
+    assert turns.samples_ms == {0: ((3.0, 3.0),) * 3, 1: ((2.0, 2.0),) * 3}
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_in(1)
+
+
 def test_something_may_be_done_between_turns_and_is_not_timed():
     clock = FakeClock()
     rows = [row("whole engine", clock, 3.0), row(SPLIT, clock, 2.0)]
