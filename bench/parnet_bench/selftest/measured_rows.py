@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from parnet_engines.planning.rounds import Ratio
 
 
+_FIRST_KEPT = 1
+"""Of the rounds."""
+
+
 @dataclass(frozen=True, slots=True)
 class MeasuredRow:
     """One way to run a network, measured.
@@ -81,7 +85,8 @@ def measure_in_turns(
     """Measure all rows that are possible.
 
     In a round every row has one turn, in random order: one untimed run, which finds caches and
-    clocks as its own, and the timed ones. A row that fails drops out, and the others go on.
+    clocks as its own, and the timed ones. The first round is not recorded: a GPU that was at
+    rest raises its clocks in it. A row that fails drops out, and the others go on.
 
     Parameters
     ----------
@@ -105,22 +110,23 @@ def measure_in_turns(
     turns = [(number, row.run) for number, row in enumerate(rows) if row.run is not None]
     found: dict[int, list[tuple[float, ...]]] = {number: [] for number, _ in turns}
     failures: dict[int, str] = {}
-    for done in range(rounds):
+    for count in range(rounds + 1):
         order.shuffle(turns)
         try:
             for number, run in turns:
                 try:
                     found[number].append(_turn(run, runs, clock))
                 except Exception as error:  # noqa: BLE001 - a row's trouble is no other row's
-                    failures[number] = f"failed in round {done + 1}: {reason_of(error)}"
+                    when = f"in round {count}" if count else "before the first round"
+                    failures[number] = f"failed {when}: {reason_of(error)}"
                 between()
         except KeyboardInterrupt:
-            if not done:
+            if count < _FIRST_KEPT + 1:
                 raise
-            whole = {number: tuple(one[:done]) for number, one in found.items()}
+            whole = {number: tuple(one[_FIRST_KEPT:count]) for number, one in found.items()}
             return Turns(whole, failures, interrupted=True)
         turns = [(number, run) for number, run in turns if number not in failures]
-    return Turns({number: tuple(one) for number, one in found.items()}, failures)
+    return Turns({number: tuple(one[_FIRST_KEPT:]) for number, one in found.items()}, failures)
 
 
 def _turn(run: Callable[[], object], runs: int, clock: Clock) -> tuple[float, ...]:
