@@ -34,6 +34,7 @@ from parnet_bench.workers.device_figures import DeviceFigures
 from parnet_bench.workers.job import Job
 from parnet_bench.workers.loaded_row import LoadedRow
 from parnet_bench.workers.row_gpus import RowGpus
+from parnet_bench.workers.row_process import RowFailedError
 from parnet_bench.workers.turn import Turn, TurnRequest, one_at_a_time
 from parnet_engines.cuda import engines as cuda_engines
 from parnet_engines.cuda import session as cuda_session
@@ -306,18 +307,22 @@ class GpuRow:
         pass
 
 
-@pytest.fixture
-def on_gpus(monkeypatch, forked_bundle, tmp_path):
+def measured_by(kind, monkeypatch, forked_bundle, tmp_path):
     """Measure the forked network on a GPU that is not there, in two processes."""
     monkeypatch.setattr(latency, "RowProcess", GpuRow)
-    monkeypatch.setattr(latency, "_WatchedRow", GpuRow)
+    monkeypatch.setattr(latency, "_WatchedRow", kind)
     monkeypatch.setattr(latency, "harness_overhead_ns", lambda *_: (1000,))
     monkeypatch.setattr(row_devices, "open_driver", lambda _: RecordingDriver(2))
     monkeypatch.setattr(GpuRow, "processes", 0)
     request = Request(targets=(str(forked_bundle.path),), devices="0", plan="whole")
     rows, _ = plan_rows(request, tmp_path, contextlib.nullcontext)
     procedure = Procedure(processes=2, rounds=3, in_flight=1, l2_flush=True, data_transfers=False)
-    result = measure_rows(rows, procedure, read_environment())
+    return measure_rows(rows, procedure, read_environment())
+
+
+@pytest.fixture
+def on_gpus(monkeypatch, forked_bundle, tmp_path):
+    result = measured_by(GpuRow, monkeypatch, forked_bundle, tmp_path)
     return replace(result, rows=tuple(replace(row, timeline=None) for row in result.rows))
 
 
@@ -354,6 +359,26 @@ def test_parts_memory_and_engines_stand_in_table_page_and_csv(on_gpus):
     assert figures["engine_bytes"] == "50000000"
     assert float(figures["enqueue_ms"]) == 0.5
     assert np.isclose(float(figures["host_to_device_ms"]), 0.25)
+
+
+def test_a_row_that_cannot_tell_its_parts_keeps_its_latencies(monkeypatch, forked_bundle, tmp_path):
+    class Refusing(GpuRow):
+        def device_figures(self, request):
+            if self.number == 1:
+                raise RowFailedError("it", "events cannot be recorded in a capture", 1)
+            return super().device_figures(request)
+
+        def timeline(self, _):
+            raise RowFailedError("it", "its process has ended", 1)
+
+    found = measured_by(Refusing, monkeypatch, forked_bundle, tmp_path)
+    (row,) = found.rows
+    assert found.failed == ()
+    assert [process.split is None for process in row.recording.processes] == [True, False]
+    assert row.recording.processes[1].split.compute_ns[0][0] == 1_000_002  # of its own process
+    assert (row.timeline, row.footprint.peak_device_bytes) == (None, 1_000_000_002)
+    (note,) = [note for note in found.notes if "could not tell" in note]
+    assert note.endswith("besides its latencies: events cannot be recorded in a capture")
 
 
 def test_results_of_other_runtimes_or_launches_are_not_compared(on_gpus):
