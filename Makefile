@@ -31,19 +31,22 @@ test: check
 # On a machine with a GPU: the tests that need one, then what engines there take. PY is any
 # Python that has torch for CUDA and the dependencies of pyproject.toml, such as PY=python3; by
 # default that of .venv, if it is there. Packages elsewhere are found by PYTHONPATH.
+# What fails keeps nothing after it from being tried, and makes the whole fail at the end.
 OUT ?= build/gpu
 gpu: PY ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu: BENCH = $(PY) -c "from parnet_bench.cli import main; main()"
 gpu: export PYTHONPATH := .:engines:bench$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	mkdir -p $(OUT)
 	$(PY) -c "import msgspec, onnx_ir, onnxscript, psutil, pytest, safetensors, scipy, torch, typer"
-	$(PY) -m pytest -m gpu
-	$(PY) -c "from parnet_bench.cli import main; main()" \
-		selftest --devices 0 --output $(OUT)/selftest.json
-	$(PY) -c "from parnet_bench.cli import main; main()" \
-		selftest --devices 0 --precision fp16 --output $(OUT)/selftest-fp16.json
-	$(PY) -c "from parnet_bench.cli import main; main()" \
-		engines --devices 0 --output $(OUT)/engines.json
+	@failed=; \
+	try() { what=$$1; shift; echo "== $$what"; "$$@" || failed="$$failed $$what"; }; \
+	try tests $(PY) -m pytest -m gpu --junit-xml=$(OUT)/tests.xml; \
+	try selftest $(BENCH) selftest --devices 0 --output $(OUT)/selftest.json; \
+	try selftest-fp16 $(BENCH) selftest --devices 0 --precision fp16 \
+		--output $(OUT)/selftest-fp16.json; \
+	try engines $(BENCH) engines --devices 0 --output $(OUT)/engines.json; \
+	test -z "$$failed" || { echo "failed:$$failed; results are in $(OUT)" >&2; exit 1; }
 
 check: $(READY)
 	$(BIN)/ruff check

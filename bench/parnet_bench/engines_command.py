@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from parnet_export import console, files
+from parnet_export.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ def engines(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="Run as a whole engine beside them. Default: resnet34 resnet50.",
+            help="Run fused beside them. Default: resnet34 resnet50.",
             metavar="NAME",
             show_default=False,
         ),
@@ -67,10 +68,7 @@ def engines(
         files.require_writable(output)
     from parnet_bench.selftest.engine_comparison import Request, compare_engines
     from parnet_engines.clock import MonotonicClock
-    from parnet_engines.cuda.devices import names_gpus, open_driver, parse_gpus
 
-    if names_gpus(devices):
-        open_driver(parse_gpus(devices))  # refuses before minutes of preparation
     request = Request(
         tuple(networks or ("parnet-l", "parnet-xl")),
         tuple(("resnet34", "resnet50") if baseline is None else baseline),
@@ -83,6 +81,10 @@ def engines(
     )
     result = compare_engines(request, MonotonicClock(), console.note)
     console.show(result, render(result), as_json=as_json, output=output)
+    if not result.measured:
+        raise CheckFailedError(
+            f"engines on {devices}: no row could be measured, for the reasons given."
+        )
 
 
 def render(result: EngineComparison) -> Table:
@@ -93,7 +95,7 @@ def render(result: EngineComparison) -> Table:
         title=console.printable(
             f"{result.device}, {result.precision}, {result.resolution} px, batch 1, random weights"
         ),
-        caption=console.printable("\n".join(result.findings)),
+        caption=console.printable("\n".join((*result.findings, *result.notes))),
     )
     shown.add_column("network")
     shown.add_column("way")
@@ -116,13 +118,21 @@ def render(result: EngineComparison) -> Table:
             )
         if name in limits:
             limit = limits[name]
-            for title, value in (
-                ("limit: weights / bandwidth", limit.weights_ms),
-                ("limit: FLOPs / peak", limit.compute_ms),
-                ("limit: critical path", limit.path.critical_path_ms),
+            path = limit.path
+            for title, value, lacking in (
+                ("limit: weights / bandwidth", limit.weights_ms, result.peaks),
+                ("limit: FLOPs / peak", limit.compute_ms, result.peaks),
+                (
+                    "limit: critical path",
+                    None if path.reason else path.critical_path_ms,
+                    path.reason,
+                ),
             ):
-                shown.add_row(console.printable(name), title, f"{value:.3f}", "", "", "")
-            overlap = f"lanes overlap {limit.path.overlap:.0%} of the time"
-            shown.add_row(console.printable(name), "overlap", "", "", "", overlap)
+                known = value is not None
+                cells = (f"{value:.3f}" if known else "", "", "", "" if known else lacking)
+                shown.add_row(console.printable(name), title, *map(console.printable, cells))
+            overlap = f"lanes overlap {path.overlap:.0%} of the time"
+            if not path.reason:
+                shown.add_row(console.printable(name), "overlap", "", "", "", overlap)
         shown.add_section()
     return shown

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from parnet_bench.machine.environment import Environment
     from parnet_bench.machine.state import MachineState
 
+_NUMBERS = (
+    "These are NVML's numbers, as nvidia-smi has them. --devices takes CUDA's: the fastest first "
+    "unless CUDA_DEVICE_ORDER=PCI_BUS_ID, and only those of CUDA_VISIBLE_DEVICES"
+)
+
 
 def env(
     seconds: Annotated[
@@ -110,8 +115,10 @@ def _facts(
     yield "huge pages", told(state.huge_pages)
     for gpu in state.gpus:
         clock = f"{told(gpu.clock_mhz)} of {told(gpu.max_clock_mhz)} MHz"
-        facts = [gpu.name, f"driver {gpu.driver}", clock, *heat_of(gpu)]
-        yield f"GPU {gpu.index}", ", ".join(facts)
+        facts = (gpu.name, gpu.bus_id, f"driver {gpu.driver}", clock, *heat_of(gpu))
+        yield f"GPU {gpu.index}", ", ".join(filter(None, facts))
+    if state.gpus:
+        yield "", _NUMBERS
     if not state.gpus:
         yield "GPUs", missing or "none"
     yield "system", environment.system

@@ -25,15 +25,16 @@ def register(app: typer.Typer) -> None:
 def timeline(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
     devices: Annotated[
-        str, typer.Option(help="Where to run: cpu, or cores such as cpu:0-3,cpu:4-7.")
+        str, typer.Option(help="Where to run: cpu, cores such as cpu:0-3,cpu:4-7, or 0,1,2.")
     ] = "cpu",
     plan: Annotated[
         str,
         typer.Option(help="streams, whole, auto, authors, or a plan's file.", metavar="PLAN"),
     ] = "streams",
     engine: Annotated[
-        Literal["onnxruntime", "openvino"], typer.Option(help="Runtime of the engines.")
-    ] = "onnxruntime",
+        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
+        typer.Option(help="Runtime of the engines. auto: on GPUs the first that can be used."),
+    ] = "auto",
     lanes: Annotated[
         int | None,
         typer.Option(min=1, help="Lanes, at most. Default: as many as can be of use.", metavar="K"),
@@ -67,7 +68,7 @@ def timeline(
 ) -> None:
     """Record inferences, and say how far lanes overlap and what keeps them from it."""
     from parnet_bench.report.timeline_report import record, render, report_on
-    from parnet_engines.planning.machine import describe_machine
+    from parnet_engines.cuda.session import CudaSession
     from parnet_engines.session import PLANS, Session
     from parnet_engines.timeline.picture import render_timeline_svg
     from parnet_engines.timeline.trace_file import encode_trace
@@ -100,20 +101,51 @@ def timeline(
     ):
         recording = record(session, inputs, inferences=inferences, warm_ups=warm_up)
     program = session.program.program
+    on_gpus = isinstance(session, CudaSession)
+    used: str = "onnxruntime" if engine == "auto" else engine
+    if isinstance(session, CudaSession):
+        used = session.engine
+    # Costs are measured on the CPU, by ONNX Runtime.
+    known = used == "onnxruntime" and not on_gpus
     report, shown = report_on(
         session,
         recording,
         network=opened.label,
-        engine=engine,
-        machine=describe_machine(engine),
-        isolated=_isolated_costs(opened, program) if engine == "onnxruntime" else None,
+        engine=used,
+        machine=_describe_machine(devices, used),
+        isolated=_isolated_costs(opened, program) if known else None,
     )
-    title = f"{opened.label}, {engine} on {devices}"
+    title = f"{opened.label}, {used} on {devices}"
     if svg is not None:
         files.write_text(svg, render_timeline_svg(program, shown, report.analysis, title))
     if trace is not None:
         files.write_bytes(trace, encode_trace(program, recording, title))
     console.show(report, render(report), as_json=as_json, output=output)
+
+
+def _describe_machine(devices: str, engine: str) -> str:
+    """Return what latencies on these devices depend on, in one line."""
+    from parnet_bench.machine.environment import library_versions
+    from parnet_bench.targets.row_devices import gpus_of
+    from parnet_engines.planning.machine import describe_machine
+    from parnet_engines.tensorrt.build_place import describe_driver
+
+    gpus = gpus_of([devices])
+    if not gpus:
+        return describe_machine(engine)
+    driver = describe_driver()
+    runtimes = {
+        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+        "tensorrt": ("tensorrt", "tensorrt-rtx"),
+        "torch": ("torch",),
+    }
+    versions = library_versions(runtimes[engine])
+    parts = [
+        *dict.fromkeys(gpu.name for gpu in gpus),
+        *([f"driver {driver}"] if driver else []),
+        *(f"{name} {version}" for name, version in versions.items()),
+    ]
+    return ", ".join(parts)
 
 
 def _isolated_costs(bundle: Bundle, program: Program) -> CostTable | None:

@@ -1,4 +1,4 @@
-"""Rows of the bench on a real GPU: resident inputs, parts, memory, caches, peaks."""
+"""Rows of the bench on a real GPU: resident inputs, parts, memory, caches, peaks, boards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from parnet_bench.machine.energy import find_meter
+from parnet_bench.machine.nvml import open_nvml
+from parnet_bench.machine.state import all_boards, gpu_states
 from parnet_bench.measuring.gpu_peaks import measure_gpu_peaks
 from parnet_bench.workers.job import Job
 from parnet_bench.workers.row_gpus import RowGpus
@@ -53,6 +56,7 @@ def test_parts_add_up_to_less_than_the_whole(single_bundle, image, use_graphs, i
 
 
 def test_memory_that_is_taken_is_seen_and_what_flushes_take_is_not(driver):
+    torch.cuda.empty_cache()  # so that what follows has to be asked for
     gpus = RowGpus(driver, (0,))
     size_bytes = 256 << 20
     held = torch.empty(size_bytes, dtype=torch.uint8, device="cuda:0")
@@ -77,6 +81,48 @@ def test_a_row_in_a_process_of_its_own_tells_its_figures(single_bundle, data_tra
     assert 0 < np.median(figures.split.compute_ns) < median_ns
     assert figures.peak_device_bytes > 1_000_000
     assert len(turn.latencies_ns) == len(figures.split.enqueue_ns[0]) == 20
+
+
+def test_a_row_that_is_loaded_later_takes_nothing_of_another_ones_memory(single_bundle):
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    job = Job(str(single_bundle.path), "whole", "0", cores, {})
+    request = TurnRequest(5, lead_in=2)
+    with RowProcess("alone", job) as row:
+        row.take_turn(request)
+        alone_bytes = row.device_figures(request).peak_device_bytes
+    with RowProcess("first", job) as first, RowProcess("second", job) as second:
+        for row in (first, second):
+            row.take_turn(request)
+        found = [row.device_figures(request).peak_device_bytes for row in (first, second)]
+    # A CUDA context alone would be several times as much.
+    assert all(0.5 * alone_bytes < one < 1.5 * alone_bytes for one in found), (alone_bytes, found)
+
+
+def test_the_board_of_a_gpu_is_the_one_that_nvml_calls_by_its_name(driver):
+    nvml, missing = open_nvml()
+    if missing:
+        pytest.skip(missing)
+    gpus = driver.gpus()
+    states = gpu_states(nvml, gpus)
+    if not states:
+        pytest.skip("NVML shows no board here")
+    names = {gpu.ordinal: gpu.name for gpu in gpus}
+    for state in states:
+        assert state.name in names[state.index] or names[state.index] in state.name
+        assert state.bus_id in {board.bus_id for board in all_boards(nvml)}
+
+
+def test_energy_of_a_gpu_is_counted(driver):
+    meter = find_meter(driver.gpus()[:1])
+    if meter.missing:
+        pytest.skip(meter.missing)
+    before_j = meter.read_j()
+    end_s = time.monotonic() + 1.0
+    matrix = torch.randn(4096, 4096, device="cuda")
+    while time.monotonic() < end_s:
+        torch.mm(matrix, matrix)
+        torch.cuda.synchronize()
+    assert 5.0 < meter.read_j() - before_j < 3000.0
 
 
 def test_peaks_are_of_the_order_of_a_gpu():

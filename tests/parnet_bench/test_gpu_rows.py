@@ -19,11 +19,14 @@ from parnet_bench.measuring.latency import measure_rows
 from parnet_bench.report.csv_file import csv_text
 from parnet_bench.report.html_page import render_page
 from parnet_bench.report.table import render
+from parnet_bench.results.comparability import refusals
 from parnet_bench.results.cost_columns import HEADINGS, cells_of, costs_of
 from parnet_bench.results.procedure import Procedure
 from parnet_bench.results.result import RowTimeline, SplitTimes
 from parnet_bench.results.result_file import as_dict, decode
 from parnet_bench.results.summary import summarise
+from parnet_bench.results.used_runtimes import used_runtimes
+from parnet_bench.targets import row_devices
 from parnet_bench.targets.request import Request
 from parnet_bench.targets.rows import plan_rows
 from parnet_bench.workers import loaded_row, worker
@@ -31,6 +34,7 @@ from parnet_bench.workers.device_figures import DeviceFigures
 from parnet_bench.workers.job import Job
 from parnet_bench.workers.loaded_row import LoadedRow
 from parnet_bench.workers.row_gpus import RowGpus
+from parnet_bench.workers.row_process import RowFailedError
 from parnet_bench.workers.turn import Turn, TurnRequest, one_at_a_time
 from parnet_engines.cuda import engines as cuda_engines
 from parnet_engines.cuda import session as cuda_session
@@ -167,6 +171,19 @@ def test_the_most_memory_that_was_seen_is_kept_and_what_flushes_take_left_out(dr
     assert driver.locate(first).device == driver.locate(others).device == 0
 
 
+def test_memory_that_rows_take_which_are_loaded_later_is_not_the_rows(driver, job):
+    first = LoadedRow(job)
+    second = LoadedRow(job)  # in a process of its own, of which the driver tells as much
+    for row in (first, second):
+        row.take_turn(TurnRequest(1))
+    peaks = [row.device_figures(TurnRequest(1)).peak_device_bytes for row in (first, second)]
+    assert peaks[0] == peaks[1] > 0
+    second.close()
+    first.take_turn(TurnRequest(1))
+    assert first.device_figures(TurnRequest(1)).peak_device_bytes == peaks[0]
+    first.close()
+
+
 def test_gpus_that_refuse_leave_nothing_open():
     driver = RecordingDriver(1, fail_at=1)
     with pytest.raises(CudaError):
@@ -195,6 +212,7 @@ def test_figures_are_those_of_the_memory_the_files_and_the_parts(driver, job, da
         step.segment for step in row._session.program.program.steps if hasattr(step, "segment")
     }
     assert figures.engine_bytes == PLAN_BYTES * len(segments) > PLAN_BYTES
+    assert (figures.engine, figures.execution) == ("onnxruntime", "one CUDA graph")
     row.close()
     assert driver.open_resources == {}
 
@@ -279,7 +297,8 @@ class GpuRow:
             ((ms // 8,) * count,),
             ((ms // 2,) * count,),
         )
-        return DeviceFigures(split, 1_000_000_000 + self.number, 50_000_000)
+        memory_bytes = 1_000_000_000 + self.number
+        return DeviceFigures(split, memory_bytes, 50_000_000, "torch", "one CUDA graph")
 
     def timeline(self, _):
         return RowTimeline({}, {})
@@ -288,17 +307,22 @@ class GpuRow:
         pass
 
 
-@pytest.fixture
-def on_gpus(monkeypatch, forked_bundle, tmp_path):
+def measured_by(kind, monkeypatch, forked_bundle, tmp_path):
     """Measure the forked network on a GPU that is not there, in two processes."""
     monkeypatch.setattr(latency, "RowProcess", GpuRow)
-    monkeypatch.setattr(latency, "_WatchedRow", GpuRow)
+    monkeypatch.setattr(latency, "_WatchedRow", kind)
     monkeypatch.setattr(latency, "harness_overhead_ns", lambda *_: (1000,))
+    monkeypatch.setattr(row_devices, "open_driver", lambda _: RecordingDriver(2))
     monkeypatch.setattr(GpuRow, "processes", 0)
     request = Request(targets=(str(forked_bundle.path),), devices="0", plan="whole")
     rows, _ = plan_rows(request, tmp_path, contextlib.nullcontext)
     procedure = Procedure(processes=2, rounds=3, in_flight=1, l2_flush=True, data_transfers=False)
-    result = measure_rows(rows, procedure, read_environment())
+    return measure_rows(rows, procedure, read_environment())
+
+
+@pytest.fixture
+def on_gpus(monkeypatch, forked_bundle, tmp_path):
+    result = measured_by(GpuRow, monkeypatch, forked_bundle, tmp_path)
     return replace(result, rows=tuple(replace(row, timeline=None) for row in result.rows))
 
 
@@ -327,6 +351,7 @@ def test_parts_memory_and_engines_stand_in_table_page_and_csv(on_gpus):
         assert "Caches were emptied before each inference" in words
         assert "GPU memory is what the row's process took" in words.replace("&#39;", "'")
         assert "medians by CUDA events" in words
+        assert "All rows: torch, one CUDA graph." in words
     cells = dict(zip(HEADINGS, cells_of(costs_of(on_gpus, (summary,))[0]), strict=True))
     assert cells["GPU memory"].text == "1.00 GB"
     figures = dict(zip(*(line.split(",") for line in lines[:2]), strict=True))
@@ -334,6 +359,44 @@ def test_parts_memory_and_engines_stand_in_table_page_and_csv(on_gpus):
     assert figures["engine_bytes"] == "50000000"
     assert float(figures["enqueue_ms"]) == 0.5
     assert np.isclose(float(figures["host_to_device_ms"]), 0.25)
+
+
+def test_a_row_that_cannot_tell_its_parts_keeps_its_latencies(monkeypatch, forked_bundle, tmp_path):
+    class Refusing(GpuRow):
+        def device_figures(self, request):
+            if self.number == 1:
+                raise RowFailedError("it", "events cannot be recorded in a capture", 1)
+            return super().device_figures(request)
+
+        def timeline(self, _):
+            raise RowFailedError("it", "its process has ended", 1)
+
+    found = measured_by(Refusing, monkeypatch, forked_bundle, tmp_path)
+    (row,) = found.rows
+    assert found.failed == ()
+    assert [process.split is None for process in row.recording.processes] == [True, False]
+    assert row.recording.processes[1].split.compute_ns[0][0] == 1_000_002  # of its own process
+    assert (row.timeline, row.footprint.peak_device_bytes) == (None, 1_000_000_002)
+    (note,) = [note for note in found.notes if "could not tell" in note]
+    assert note.endswith("besides its latencies: events cannot be recorded in a capture")
+
+
+def test_results_of_other_runtimes_or_launches_are_not_compared(on_gpus):
+    libraries = {"onnxruntime": "1.31", "tensorrt": "10.13", "torch": "2.11"}
+    environment = replace(on_gpus.environment, libraries=libraries)
+    before = replace(on_gpus, environment=environment)
+    assert used_runtimes(before) == {"torch": "2.11"}
+    assert refusals(before, before) == ()
+    (row,) = before.rows
+    for changes, said in (
+        ({"engine": "tensorrt"}, "the runtime is tensorrt instead of torch"),
+        ({"execution": "step by step"}, "launch it is step by step instead of one CUDA graph"),
+    ):
+        after = replace(before, rows=(replace(row, **changes),))
+        assert any(said in str(found) for found in refusals(before, after)), said
+    old = replace(before, rows=(replace(row, engine="", execution=""),))
+    assert used_runtimes(old) == libraries
+    assert not any("launch" in str(found) for found in refusals(old, before))
 
 
 def test_rows_on_the_cpu_say_nothing_of_gpus(make_result):

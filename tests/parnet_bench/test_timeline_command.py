@@ -8,16 +8,24 @@ import xml.etree.ElementTree as ET
 from statistics import median
 
 import pytest
+import torch
 import typer
 
 from parnet_bench import costs_command, timeline_command
 from parnet_bench.report.timeline_report import typical
+from parnet_bench.targets import row_devices
+from parnet_engines.cuda import session as cuda_session
+from parnet_engines.cuda.hosted_engine import HostedEngine
+from parnet_engines.cuda.recording_driver import RecordingDriver
 from parnet_engines.planning import cost_measure
 from parnet_engines.planning.bundle_costs import load_bundle_costs
 from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE
 from parnet_engines.planning.machine import describe_machine
+from parnet_engines.runtimes.ort import OrtEngine
 from parnet_engines.schedule.placement import Lane
 from parnet_engines.schedule.recording import Recording, Span
+from parnet_engines.tensorrt.bundle_engines import segment_of
+from parnet_engines.tensorrt.engine_cache import onnx_path
 from parnet_export import console
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -107,6 +115,36 @@ def test_inferences_in_flight_overlap(run, bundle):
     assert "openvino 20" in result["machine"]
 
 
+def test_a_timeline_of_gpus_tells_the_gpu_and_the_runtime(run, bundle, monkeypatch):
+    driver = RecordingDriver(2)
+
+    def load(bundle, names, driver, device, **_):
+        return {
+            name: HostedEngine(
+                OrtEngine(segment_of(bundle, name), onnx_path(bundle, name), threads=1),
+                driver,
+                device,
+            )
+            for name in names
+        }
+
+    monkeypatch.setattr("parnet_engines.runtimes.torch_engine.load_engines", load)
+    for module in (cuda_session, row_devices):
+        monkeypatch.setattr(module, "open_driver", lambda _: driver)
+    arguments = ("--devices", "0,1", "--engine", "torch", "--inferences", 3, "--json")
+    code, out, _ = run("timeline", bundle.path, *arguments)
+    result = json.loads(out)
+    assert code == 0
+    assert result["engine"] == "torch"
+    assert result["machine"].startswith("Recorder 0, Recorder 1, ")
+    assert f"torch {torch.__version__}" in result["machine"]
+    assert len(result["overlaps"]) == 3
+    assert driver.open_resources == {}
+    _, out, _ = run("timeline", bundle.path, *arguments[:-1])
+    assert "What segments take alone is not known here" in " ".join(out.split())
+    assert "parnet-bench costs" not in out  # which knows of no GPUs
+
+
 def test_a_bundle_with_an_open_batch_takes_one(run, dynamic_bundle):
     code, _, err = run("timeline", dynamic_bundle.path, "--batch", 3, "--inferences", 1)
     assert (code, err) == (0, "")
@@ -119,6 +157,8 @@ def test_a_bundle_with_an_open_batch_takes_one(run, dynamic_bundle):
         (("--devices", "moon"), "'moon' is no device"),
         (("--svg", "no/such/folder/t.svg"), "no/such/folder"),
         (("--engine", "openvino", "--plan", "auto"), "measures with onnxruntime"),
+        (("--engine", "torch"), "which the torch engine does not have"),
+        (("--engine", "tensorrt"), "engine 'tensorrt'"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(run, bundle, arguments, message):

@@ -10,11 +10,16 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
 from parnet_bench.machine.state import GpuState, gpu_states
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from parnet_engines.cuda.driver import Gpu
 
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 
@@ -45,8 +50,8 @@ class Activity:
         How often cores have lowered their clock because they were too hot; None where the
         system does not count it.
     gpus
-        The GPUs, at the lowest clock and the highest temperature and power that were seen
-        under load before.
+        The GPUs that rows run on, at the lowest clock and the highest temperature and power
+        that were seen under load before.
     """
 
     moment_s: float
@@ -99,18 +104,21 @@ class GpuWatch:
     Parameters
     ----------
     nvml
-        The module ``pynvml``, initialised; None where there is no GPU to watch.
+        The module ``pynvml``, initialised; None where there is none.
+    gpus
+        Those to watch: what else there is may do as it likes.
     """
 
-    def __init__(self, nvml: Any = None) -> None:
+    def __init__(self, nvml: Any = None, gpus: Iterable[Gpu] = ()) -> None:
         self._nvml = nvml
+        self._gpus = tuple(gpus)
         self._seen: dict[int, GpuState] = {}
 
     def look(self) -> None:
         """Look now; under load, for idle GPUs lower their clocks."""
         if self._nvml is None:
             return
-        for state in gpu_states(self._nvml):
+        for state in gpu_states(self._nvml, self._gpus):
             self._seen[state.index] = extremes(self._seen.get(state.index, state), state)
 
     def take(self) -> tuple[GpuState, ...]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from parnet_bench.machine.nvml import open_nvml
+from parnet_bench.machine.nvml import board_of, open_nvml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from parnet_engines.cuda.driver import Gpu
 
 _POWERCAP = Path("/sys/class/powercap")
 _UJ_PER_J = 1_000_000
@@ -120,24 +122,27 @@ class NvmlMeter:
     ----------
     nvml
         The module ``pynvml``, initialised.
-    devices
-        Ordinals of the boards.
+    gpus
+        The GPUs whose boards count.
     """
 
     nvml: Any
-    devices: tuple[int, ...]
+    gpus: tuple[Gpu, ...]
     missing: str = ""
 
     @property
     def source(self) -> str:
-        """The boards' names for people."""
-        return f"NVML GPU {', '.join(map(str, self.devices))}"
+        """The GPUs' CUDA ordinals for people."""
+        return f"NVML GPU {', '.join(str(gpu.ordinal) for gpu in self.gpus)}"
 
     def read_j(self) -> float | None:
         """Return the joules of all boards since their driver was loaded."""
+        # Parts of one board (MIG) share its counter.
+        boards = {gpu.pci_bus_id: board_of(self.nvml, gpu) for gpu in self.gpus}
+        if any(board is None for board in boards.values()):
+            return None
         try:
-            handles = [self.nvml.nvmlDeviceGetHandleByIndex(index) for index in self.devices]
-            total_mj = sum(map(self.nvml.nvmlDeviceGetTotalEnergyConsumption, handles))
+            total_mj = sum(map(self.nvml.nvmlDeviceGetTotalEnergyConsumption, boards.values()))
         except self.nvml.NVMLError:
             return None
         return float(total_mj / _MJ_PER_J)
@@ -182,18 +187,18 @@ class EnergyTally:
         return Energy(self._joules[row] / self._runs[row], meter.source)
 
 
-def find_meter(gpus: Iterable[int] = (), powercap: Path = _POWERCAP) -> Meter:
+def find_meter(gpus: Iterable[Gpu] = (), powercap: Path = _POWERCAP) -> Meter:
     """Return what counts the energy of a row's devices.
 
     Parameters
     ----------
     gpus
-        CUDA ordinals of the GPUs that rows run on; empty where they run on the CPU.
+        The GPUs that rows run on; empty where they run on the CPU.
     powercap
         Linux's folder of power counters.
     """
-    boards = tuple(gpus)
-    return _nvml_meter(boards) if boards else _rapl_meter(powercap)
+    used = tuple(gpus)
+    return _nvml_meter(used) if used else _rapl_meter(powercap)
 
 
 def _rapl_meter(powercap: Path) -> Meter:
@@ -217,11 +222,14 @@ def _rapl_meter(powercap: Path) -> Meter:
     return RaplMeter(packages)
 
 
-def _nvml_meter(boards: tuple[int, ...]) -> Meter:
+def _nvml_meter(gpus: tuple[Gpu, ...]) -> Meter:
     nvml, missing = open_nvml()
     if missing:
         return NoMeter(missing)
-    meter = NvmlMeter(nvml, boards)
+    hidden = [str(gpu.ordinal) for gpu in gpus if board_of(nvml, gpu) is None]
+    if hidden:
+        return NoMeter(f"NVML does not show the board of GPU {', '.join(hidden)}")
+    meter = NvmlMeter(nvml, gpus)
     if meter.read_j() is None:
         return NoMeter(f"{meter.source} counts no energy")
     return meter

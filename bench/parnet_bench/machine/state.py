@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from parnet_bench.machine.environment import cpu_model, governors, usable_cores
+from parnet_bench.machine.nvml import board_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from parnet_engines.cuda.driver import Gpu
 
 _ROOT = Path("/")
 _STEAL_COLUMN = (
@@ -35,7 +39,8 @@ class GpuState:
     Parameters
     ----------
     index
-        CUDA ordinal under ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+        Its CUDA ordinal, of a GPU that rows run on; of all boards of a machine, NVML's number,
+        which is also that of ``nvidia-smi``.
     name, driver
         The board, and the version of its driver.
     persistent
@@ -50,6 +55,8 @@ class GpuState:
         Of the chip, in degrees Celsius.
     power_w
         What the board takes, in watts.
+    bus_id
+        Where the board is plugged in, such as ``"0000:3B:00.0"``; empty where that is not told.
     """
 
     index: int
@@ -62,6 +69,7 @@ class GpuState:
     processes: int | None
     temperature_c: int | None = None
     power_w: float | None = None
+    bus_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,7 @@ class MachineState:
         Whether the kernel merges memory into huge pages: ``"always"``, ``"madvise"`` or
         ``"never"``; empty where it does not tell.
     gpus
-        The GPUs that NVML sees.
+        The boards that NVML sees, by its numbers.
     """
 
     cpu_model: str
@@ -159,7 +167,7 @@ def read_machine(
         cpu_quota=_cpu_quota(root),
         swap_used_bytes=_swap_used_bytes(root),
         huge_pages=_chosen(root / "sys/kernel/mm/transparent_hugepage/enabled"),
-        gpus=() if nvml is None else gpu_states(nvml),
+        gpus=() if nvml is None else all_boards(nvml),
     )
 
 
@@ -254,11 +262,36 @@ def _text(path: Path) -> str:
 # ------------------------------------------------------------------------------- the GPUs
 
 
-def gpu_states(nvml: Any) -> tuple[GpuState, ...]:
-    """Return what the initialised module ``pynvml`` tells of all GPUs, now."""
-    driver = _asked(nvml, lambda: str(nvml.nvmlSystemGetDriverVersion())) or ""
+def all_boards(nvml: Any) -> tuple[GpuState, ...]:
+    """Return what the initialised module ``pynvml`` tells of all boards, by its numbers, now.
+
+    Boards that it does not let this process see are left out.
+    """
+    driver = _driver(nvml)
     count = _asked(nvml, nvml.nvmlDeviceGetCount) or 0
-    return tuple(_gpu(nvml, index, driver) for index in range(count))
+    found = (
+        (index, _asked(nvml, partial(nvml.nvmlDeviceGetHandleByIndex, index)))
+        for index in range(count)
+    )
+    return tuple(
+        _state(nvml, board, index, _bus_id(nvml, board), driver)
+        for index, board in found
+        if board is not None
+    )
+
+
+def gpu_states(nvml: Any, gpus: Iterable[Gpu]) -> tuple[GpuState, ...]:
+    """Return what the initialised module ``pynvml`` tells of some GPUs, by CUDA ordinal, now.
+
+    Those whose boards it does not show are left out.
+    """
+    driver = _driver(nvml)
+    found = ((gpu, board_of(nvml, gpu)) for gpu in gpus)
+    return tuple(
+        _state(nvml, board, gpu.ordinal, gpu.pci_bus_id, driver)
+        for gpu, board in found
+        if board is not None
+    )
 
 
 def heat_of(gpu: GpuState) -> tuple[str, ...]:
@@ -271,8 +304,19 @@ def heat_of(gpu: GpuState) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _gpu(nvml: Any, index: int, driver: str) -> GpuState:
-    device = nvml.nvmlDeviceGetHandleByIndex(index)
+def _driver(nvml: Any) -> str:
+    return _asked(nvml, lambda: str(nvml.nvmlSystemGetDriverVersion())) or ""
+
+
+def _bus_id(nvml: Any, device: Any) -> str:
+    """Return a board's bus id as CUDA writes it: NVML has more digits for the domain."""
+    found = _asked(nvml, lambda: nvml.nvmlDeviceGetPciInfo(device).busId)
+    text = found.decode() if isinstance(found, bytes) else found or ""
+    domain, colon, rest = text.partition(":")
+    return f"{domain.lstrip('0'):0>4}{colon}{rest}" if colon else ""
+
+
+def _state(nvml: Any, device: Any, index: int, bus_id: str, driver: str) -> GpuState:
     persistence = _asked(nvml, lambda: nvml.nvmlDeviceGetPersistenceMode(device))
     processes = _asked(nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses(device))
     reasons = _asked(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)) or 0
@@ -298,6 +342,7 @@ def _gpu(nvml: Any, index: int, driver: str) -> GpuState:
             nvml, lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
         ),
         power_w=None if power_mw is None else power_mw / _MW_PER_W,
+        bus_id=bus_id,
     )
 
 

@@ -98,13 +98,22 @@ def copy_bytes_per_s(driver: CudaDriver, ordinal: int, size_bytes: int = _COPY_B
 def matmul_flops_per_s(device: str, precision: str, side: int = _SIDE) -> float | None:
     """Return the operations per second of a matrix product in torch.
 
-    None where torch cannot use the device.
+    None where torch cannot use the device: other runtimes may, whose rows are measured.
     """
     import torch
 
-    on_gpu = device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         return None
+    try:
+        return _matmul_flops_per_s(device, precision, side)
+    except RuntimeError:  # it has no kernels for this GPU, or no memory is left
+        return None
+
+
+def _matmul_flops_per_s(device: str, precision: str, side: int) -> float:
+    import torch
+
+    on_gpu = device.startswith("cuda")
     dtype = torch.float16 if precision == "fp16" else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(matrix)

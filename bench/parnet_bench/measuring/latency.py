@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from parnet_bench.machine.activity import Activity, GpuWatch, read_activity
 from parnet_bench.machine.energy import EnergyTally, find_meter
@@ -13,7 +15,7 @@ from parnet_bench.machine.footprint import Footprint, graph_sizes, peak_host_byt
 from parnet_bench.machine.nvml import open_nvml
 from parnet_bench.measuring.measure import measure
 from parnet_bench.results.result import FailedRow, Recording, Result, Row, RowTimeline
-from parnet_bench.targets.row_devices import gpu_ordinals
+from parnet_bench.targets.row_devices import gpus_of
 from parnet_bench.workers.job import Job, job_of
 from parnet_bench.workers.row_process import RowFailedError, RowProcess
 from parnet_bench.workers.turn import TurnRequest
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from parnet_bench.workers.device_figures import DeviceFigures
     from parnet_bench.workers.turn import Turn, Worker
     from parnet_export.errors import ParnetError
+
+Answer = TypeVar("Answer")
 
 _TIMELINE_RUNS = 10
 _SPLIT_RUNS = 50
@@ -93,6 +97,7 @@ def measure_rows(
             raise KeyboardInterrupt
         raise measurement.failures[0].error
     result = run.result(measurement, environment)
+    notes = (*notes, *run.notes)
     return replace(result, overhead_ns=overhead_ns, notes=notes, peaks=peaks)
 
 
@@ -119,18 +124,22 @@ class _Run:
         self._rows = {row.description.name: row for row in rows}
         self._activities: list[Activity] = []
         self._peak_bytes: dict[str, int] = {}
-        self._figures: defaultdict[str, list[DeviceFigures]] = defaultdict(list)
+        self._figures: defaultdict[str, list[DeviceFigures | None]] = defaultdict(list)
+        self._untold: dict[str, str] = {}
         self._timelines: dict[str, RowTimeline] = {}
-        gpus = gpu_ordinals(row.description.devices for row in rows)
+        gpus = gpus_of(row.description.devices for row in rows)
         self._energy = EnergyTally(find_meter(gpus))
-        self._watch = GpuWatch(open_nvml()[0] if gpus else None)
+        self._watch = GpuWatch(open_nvml()[0] if gpus else None, gpus)
 
     def launch(self, name: str, _: int) -> Worker:
         job = job_of(self._rows[name], data_transfers=self._procedure.data_transfers)
         return _WatchedRow(name, job, self._energy, self._watch)
 
     def finish(self, name: str, worker: Worker) -> None:
-        """Look at a row before its process ends."""
+        """Look at a row before its process ends.
+
+        A row that cannot tell parts or a timeline has its latencies all the same.
+        """
         if not isinstance(worker, RowProcess):
             raise TypeError("rows run in processes")
         peak = peak_host_bytes(worker.pid)
@@ -138,9 +147,19 @@ class _Run:
             self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))
         if names_gpus(self._rows[name].description.devices):
             runs = TurnRequest(_SPLIT_RUNS, _SPLIT_LEAD_IN, l2_flush=self._procedure.l2_flush)
-            self._figures[name].append(worker.device_figures(runs))
+            self._figures[name].append(self._asked(name, partial(worker.device_figures, runs)))
         if name not in self._timelines:
-            self._timelines[name] = worker.timeline(_TIMELINE_RUNS)
+            timeline = self._asked(name, partial(worker.timeline, _TIMELINE_RUNS))
+            if timeline is not None:
+                self._timelines[name] = timeline
+
+    def _asked(self, name: str, question: Callable[[], Answer]) -> Answer | None:
+        try:
+            return question()
+        except RowFailedError as error:
+            # The process has ended with it: the first reason is the one.
+            self._untold.setdefault(name, error.problem)
+            return None
 
     def note_activity(self) -> None:
         self._activities.append(read_activity(self._watch.take()))
@@ -150,6 +169,7 @@ class _Run:
         rows = []
         for name, processes in measurement.recordings.items():
             recording = Recording(self._with_split(name, processes))
+            figures = self._told(name)
             rows.append(
                 Row(
                     self._rows[name].description,
@@ -157,6 +177,8 @@ class _Run:
                     timeline=self._timelines.get(name),
                     footprint=self._footprint(name, recording),
                     energy=self._energy.of(name),
+                    engine=figures[0].engine if figures else "",
+                    execution=figures[0].execution if figures else "",
                 )
             )
         return Result(
@@ -186,13 +208,24 @@ class _Run:
         """Return the processes with parts of inferences, where one has got so far."""
         figures = self._figures[name]
         return tuple(
-            replace(process, split=figures[number].split) if number < len(figures) else process
-            for number, process in enumerate(processes)
+            replace(process, split=found.split) if found is not None else process
+            for process, found in itertools.zip_longest(processes, figures[: len(processes)])
+        )
+
+    def _told(self, name: str) -> list[DeviceFigures]:
+        return [found for found in self._figures[name] if found is not None]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What rows could not tell besides their latencies."""
+        return tuple(
+            f"{name} could not tell everything besides its latencies: {problem}"
+            for name, problem in self._untold.items()
         )
 
     def _footprint(self, name: str, recording: Recording) -> Footprint:
         row = self._rows[name]
-        figures = self._figures[name]
+        figures = self._told(name)
         sizes = graph_sizes(row.bundle, row.form_of_graph, row.description.batch)
         return Footprint(
             weights_bytes=sizes.weights_bytes,

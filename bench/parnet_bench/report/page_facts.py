@@ -8,7 +8,7 @@ import numpy as np
 
 from parnet_bench.machine.activity import extremes
 from parnet_bench.machine.state import heat_of
-from parnet_bench.results.used_runtimes import used_runtimes
+from parnet_bench.results.used_runtimes import used_runtimes, ways_of
 from parnet_export.console import format_bytes, format_shape
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def facts_of(result: Result) -> Iterator[tuple[str, str]]:
     )
     yield "inputs", ", ".join(shapes)
     yield "devices", ", ".join(dict.fromkeys(row.description.devices for row in result.rows))
+    for index, way in enumerate(ways_of(result)):
+        yield "run by" if index == 0 else "", way
     if result.overhead_ns:
         overhead_us = float(np.median(result.overhead_ns)) / _NS_PER_US
         yield "harness overhead", f"{overhead_us:.1f} us a sample, by an engine that does nothing"
@@ -84,5 +86,5 @@ def _gpus(result: Result) -> Iterator[tuple[str, str]]:
         seen[state.index] = extremes(seen.get(state.index, state), state)
     for index, gpu in seen.items():
         clocks = f"{gpu.clock_mhz} of {gpu.max_clock_mhz} MHz at least" if gpu.clock_mhz else ""
-        facts = (gpu.name, f"driver {gpu.driver}", clocks, *heat_of(gpu))
+        facts = (gpu.name, gpu.bus_id, f"driver {gpu.driver}", clocks, *heat_of(gpu))
         yield f"GPU {index}", ", ".join(filter(None, facts))

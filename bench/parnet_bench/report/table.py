@@ -17,6 +17,7 @@ from parnet_bench.results.cost_columns import (
 )
 from parnet_bench.results.findings import find
 from parnet_bench.results.summary import RowSummary, summarise
+from parnet_bench.results.used_runtimes import ways_of
 from parnet_export.console import (
     format_count,
     format_ms,
@@ -89,11 +90,13 @@ def remarks_on(result: Result, summaries: Sequence[RowSummary]) -> Iterator[str]
     for form in dict.fromkeys(description.form for description in descriptions):
         yield f"{form}: {_FORMS[form]}."
     cores = descriptions[0].cores
+    used = {row.engine for row in result.rows if row.engine}
     runtimes = (
         f"{name} {version}"
         for name, version in environment.libraries.items()
-        if name.startswith(("onnxruntime", "openvino", "tensorrt"))
+        if name.startswith(("onnxruntime", "openvino", "tensorrt", *used))
     )
+    yield from ways_of(result)
     yield (
         f"{environment.cpu_model}, {len(cores)} of {len(environment.affinity)} usable cores for "
         f"every row, {', '.join(runtimes)}."

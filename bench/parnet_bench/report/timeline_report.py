@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from parnet_engines.cuda.devices import is_gpu
 from parnet_engines.schedule.recording import Recording
 from parnet_engines.timeline.analysis import analyse
 from parnet_export.console import format_ms, format_percent, format_ratio, printable
@@ -186,10 +187,13 @@ def _facts(report: TimelineReport) -> Iterator[str]:
     if analysis.slowdown is not None:
         yield f"Segments take {format_ratio(analysis.slowdown)} as long as they do alone."
     else:
-        yield (
+        text = (
             "What segments take alone is not known here, and so not whether lanes slow each "
-            "other down. `parnet-bench costs` measures it for onnxruntime."
+            "other down."
         )
+        if not any(is_gpu(lane.device) for lane in report.lanes):
+            text += " `parnet-bench costs` measures it for onnxruntime."
+        yield text
 
 
 def _lane_table(report: TimelineReport) -> Table:

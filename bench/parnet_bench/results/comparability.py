@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parnet_bench.machine.environment import Environment
     from parnet_bench.results.findings import Kind
     from parnet_bench.results.procedure import Procedure
-    from parnet_bench.results.result import Result, RowDescription
+    from parnet_bench.results.result import Result, Row, RowDescription
 
 _OURSELVES = "parnet-export"
 _DISTURBING: frozenset[Kind] = frozenset(
@@ -72,6 +72,7 @@ def refusals(before: Result, after: Result) -> tuple[Difference, ...]:
             found.append(Difference(name, "the row", "measured", why))
             continue
         found += _row(name, row.description, others[name].description)
+        found += _way(row, others[name])
     return tuple(found)
 
 
@@ -143,6 +144,15 @@ def _row(name: str, before: RowDescription, after: RowDescription) -> Iterator[D
             name,
             ("the plan", before.plan, after.plan),
             ("the number of lanes", before.lanes, after.lanes),
+        )
+
+
+def _way(before: Row, after: Row) -> Iterator[Difference]:
+    if before.engine and after.engine:  # old files, and rows on the CPU, do not tell
+        yield from _differing(
+            before.description.name,
+            ("the runtime", before.engine, after.engine),
+            ("the way to launch it", before.execution, after.execution),
         )
 
 

@@ -110,7 +110,9 @@ def _failed(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
         name = row.description.name
         where = f" in process {row.process + 1}" if row.process else ""
         sentence = f"{name} {what}{where}: {row.reason}"
-        remedy = f"Try it alone: `parnet-bench latency {row.description.target}`."
+        devices = row.description.devices
+        where_to_run = f" --devices {devices}" if names_gpus(devices) else ""
+        remedy = f"Try it alone: `parnet-bench latency {row.description.target}{where_to_run}`."
         yield Finding("failed", name, sentence, remedy)
 
 
@@ -204,21 +206,24 @@ def _throttled(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
             f"The processor was too hot {known[-1] - known[0]} times and lowered its clock.",
             "Improve its cooling, or cap the clock: `cpupower frequency-set --max`.",
         )
-    low: dict[str, str] = {}
+    low: dict[tuple[str, str], str] = {}
     for gpu in (gpu for activity in result.activities for gpu in activity.gpus):
-        name = f"GPU {gpu.index} ({gpu.name})"
+        board = f"GPU {gpu.index} ({gpu.name})", gpu.bus_id
         reached = f", at up to {' and '.join(heat_of(gpu))}" if heat_of(gpu) else ""
         if gpu.slowed_by:
-            low[name] = f"was held down by {' and '.join(gpu.slowed_by)}{reached}"
+            low[board] = f"was held down by {' and '.join(gpu.slowed_by)}{reached}"
         elif (
             gpu.clock_mhz
             and gpu.max_clock_mhz
             and gpu.clock_mhz < THROTTLED_SHARE * gpu.max_clock_mhz
         ):
             problem = f"ran at {gpu.clock_mhz} of {gpu.max_clock_mhz} MHz under load{reached}"
-            low.setdefault(name, problem)
-    for name, problem in low.items():
-        remedy = "Improve its cooling, or fix the clock lower: `nvidia-smi -lgc MIN,MAX`."
+            low.setdefault(board, problem)
+    for (name, bus_id), problem in low.items():
+        # nvidia-smi counts boards otherwise than CUDA.
+        which = f" --id={bus_id}" if bus_id else ""
+        command = f"`sudo nvidia-smi{which} --lock-gpu-clocks=MIN,MAX`"
+        remedy = f"Improve its cooling, or fix the clock lower: {command}."
         yield Finding("throttled", None, f"{name} {problem}.", remedy)
 
 

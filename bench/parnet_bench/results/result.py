@@ -214,6 +214,10 @@ class Row:
         What the row takes besides time.
     energy
         What one inference takes.
+    engine
+        On GPUs, the runtime that was chosen.
+    execution
+        On GPUs, how an inference was launched: as one CUDA graph, or otherwise and why.
     """
 
     description: RowDescription
@@ -221,6 +225,8 @@ class Row:
     timeline: RowTimeline | None = None
     footprint: Footprint | None = None
     energy: Energy | None = None
+    engine: str = ""
+    execution: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from parnet_bench.machine.activity import GpuWatch
 from parnet_bench.machine.environment import Environment, read_environment
+from parnet_bench.machine.nvml import open_nvml
+from parnet_bench.machine.peaks import measure_peaks
+from parnet_bench.measuring.gpu_peaks import measure_gpu_peaks
+from parnet_bench.selftest.comparison_findings import findings
+from parnet_bench.selftest.device_limits import Limits, limits_of
+from parnet_bench.selftest.engine_builds import build_all, choose_build_places
 from parnet_bench.selftest.engine_rows import (
-    AUX_STREAMS,
-    SPLIT,
-    SPLIT_BY_VECTORS,
+    WHOLE_ENGINE,
     EngineRow,
-    PathFigures,
     open_session_row,
-    path_figures,
     session_rows,
-    torch_row,
 )
-from parnet_bench.stats import statistics
+from parnet_bench.selftest.failure import reason_of
+from parnet_bench.selftest.measured_rows import MeasuredRow, measure_in_turns, summarise
+from parnet_bench.selftest.prepared_network import prepare_network, torch_rows
+from parnet_bench.targets.graphs import catalogue_name
+from parnet_bench.targets.row_devices import first_device, gpus_of
 from parnet_engines.cuda.devices import names_gpus, ordinal_of, parse_gpus
-from parnet_engines.planning.rounds import ratio_of
+from parnet_engines.cuda.engines import require_cuda_engine
+from parnet_engines.planning.devices import usable_cores
 from parnet_engines.session import Session
-from parnet_export.errors import InputError, MissingBackendError
-from parnet_export.pipeline import export_graph, fuse_and_prove, make_bundle
-from parnet_export.source import load_network
+from parnet_engines.tensorrt.build_place import describe_driver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator
 
+    from parnet_bench.machine.peaks import Peaks
+    from parnet_bench.machine.state import GpuState
+    from parnet_bench.selftest.prepared_network import PreparedNetwork
     from parnet_engines.clock import Clock
-    from parnet_engines.planning.rounds import Ratio
+    from parnet_engines.tensorrt.build_place import BuildPlace
     from parnet_export.bundle import Bundle, Precision
 
 SCHEMA_VERSION = 1
-AIM = 1.5
-"""How many times as fast split streams are to be as the whole engine."""
-
-_PROBE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Request:
     networks
         Catalogue names that are run in every way.
     references
-        Catalogue names that are run as a whole engine only.
+        Catalogue names that are run fused, by torch and as a whole engine only.
     devices, engine
         As for `Session.open`.
     precision
@@ -82,69 +82,53 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredRow:
-    """One way to run a network, measured.
-
-    Parameters
-    ----------
-    network, name, engine, execution, reason
-        As for `EngineRow`.
-    median_ms, p99_ms
-        Of all samples; None without, p99 also where there are too few samples to tell.
-    against_whole
-        How many times as fast as the whole engine of the same network, from ratios within
-        rounds.
-    samples_ms
-        One tuple for each round.
-    """
-
-    network: str
-    name: str
-    engine: str
-    execution: str
-    reason: str
-    median_ms: float | None
-    p99_ms: float | None
-    against_whole: Ratio | None
-    samples_ms: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What no engine of a network can be below on this device.
-
-    Parameters
-    ----------
-    network
-        The network.
-    weights_ms
-        Reading every weight once at the measured bandwidth.
-    compute_ms
-        Its floating-point operations at the measured rate of a large matrix product.
-    path
-        What recordings say of its segments.
-    """
-
-    network: str
-    weights_ms: float
-    compute_ms: float
-    path: PathFigures
-
-
-@dataclass(frozen=True, slots=True)
 class EngineComparison:
-    """Everything that was measured, to be kept as JSON."""
+    """Everything that was measured, to be kept as JSON.
+
+    Parameters
+    ----------
+    environment
+        The machine and its software.
+    device
+        The GPU, or ``"cpu"``.
+    driver
+        Versions of NVIDIA's driver and of CUDA in it; empty where they are not told.
+    precision, resolution
+        As for `Request`.
+    rows
+        All ways to run all networks, those that were not possible with the reason.
+    limits
+        Of the networks that are run in every way, as far as they could be prepared.
+    bandwidth_gb_per_s, tflops
+        What the device reaches at most; None where that could not be measured.
+    peaks
+        How that was measured, or why it was not.
+    gpus
+        The GPUs, each at the lowest clock and the highest temperature and power that were
+        seen between turns.
+    findings, notes
+        Sentences about what was measured, and about what is not there.
+    """
 
     schema_version: int
     environment: Environment
     device: str
+    driver: str
     precision: str
     resolution: int
     rows: tuple[MeasuredRow, ...]
     limits: tuple[Limits, ...]
-    bandwidth_gb_per_s: float
-    tflops: float
+    bandwidth_gb_per_s: float | None
+    tflops: float | None
+    peaks: str
+    gpus: tuple[GpuState, ...]
     findings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def measured(self) -> bool:
+        """Whether any row was measured at all."""
+        return any(row.median_ms is not None for row in self.rows)
 
 
 def compare_engines(
@@ -152,236 +136,161 @@ def compare_engines(
 ) -> EngineComparison:
     """Build bundles of the networks in a temporary folder, run every way, and compare.
 
+    What fails on the way, for whatever reason, is a row with its reason or a note; everything
+    else is measured all the same.
+
     Raises
     ------
     InputError
         When a network, the devices or the engine cannot be used.
+    MissingBackendError
+        When TensorRT is asked for, or GPUs are, and what drives them is not installed.
     """
-    device = _torch_device(request.devices)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parnet-engines-")))
-        rows: list[EngineRow] = []
-        bundles: dict[str, Bundle] = {}
-        for name in (*request.networks, *request.references):
-            progress(f"preparing {name}")
-            bundles[name] = _bundle(request, name, folder)
-            _build_engines(request, bundles[name], progress)
-            if name in request.networks:
-                rows += _torch_rows(request, name, device)
-                rows += session_rows(stack, name, bundles[name], request.devices, request.engine)
-            else:
-                rows.append(_reference_row(stack, request, name, bundles[name]))
-        progress("measuring")
-        samples = measure_in_turns(rows, request, clock)
-        progress("recording segments")
-        bandwidth, flops_per_s = measure_peaks(device)
-        limits = tuple(
-            _limits(request, name, bundles[name], bandwidth, flops_per_s)
-            for name in request.networks
-        )
-    measured = summarise(rows, samples)
+    for name in (*request.networks, *request.references):
+        catalogue_name(name)
+    if names_gpus(request.devices) and request.engine != "auto":
+        require_cuda_engine(request.engine)
+    gpus = gpus_of([request.devices])
+    places, no_engines = choose_build_places(request.devices, request.engine)
+    notes = [no_engines] if no_engines else []
+    watch = GpuWatch(open_nvml()[0] if gpus else None, gpus)
+    with tempfile.TemporaryDirectory(prefix="parnet-engines-") as folder:
+        preparation = _Preparation(request, Path(folder), places, progress)
+        with contextlib.ExitStack() as sessions:
+            rows = [_told(row, progress) for row in preparation.rows(sessions)]
+            progress("measuring")
+            turns = measure_in_turns(
+                rows,
+                clock,
+                rounds=request.rounds,
+                runs=request.runs,
+                seed=request.seed,
+                between=watch.look,
+            )
+            notes += preparation.notes
+            notes += _closed(sessions)
+        if turns.interrupted:
+            notes.append("Interrupted: there are fewer rounds, and no limits.")
+            preparation.bundles.clear()
+            peaks, how = None, "interrupted"
+        else:
+            progress("measuring what the device can do at most")
+            peaks, how = _peaks(request)
+        engines = {row.network: row.engine for row in rows if row.name == WHOLE_ENGINE and row.run}
+        limits = []
+        for name, bundle in preparation.bundles.items():
+            progress(f"recording the segments of {name}")
+            engine = engines.get(name, request.engine)
+            limits.append(limits_of(name, bundle, request.devices, engine, peaks))
+    measured, seen = summarise(rows, turns), watch.take()
+    flops_per_s = peaks.flops_per_s if peaks else None
     return EngineComparison(
         SCHEMA_VERSION,
         read_environment(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        gpus[0].name if gpus else "cpu",
+        describe_driver() if gpus else "",
         request.precision,
         request.resolution,
         measured,
-        limits,
-        bandwidth / 1e9,
-        flops_per_s / 1e12,
-        findings(measured, limits),
+        tuple(limits),
+        peaks.copy_bytes_per_s / 1e9 if peaks else None,
+        flops_per_s / 1e12 if flops_per_s else None,
+        how,
+        seen,
+        findings(measured, limits, seen),
+        tuple(notes),
     )
 
 
-def measure_in_turns(
-    rows: Sequence[EngineRow], request: Request, clock: Clock
-) -> dict[int, tuple[tuple[float, ...], ...]]:
-    """Return the latencies of each possible row in milliseconds, round by round.
+class _Preparation:
+    """Makes what rows run, and remembers what the limits need."""
 
-    In a round every row has one turn, in random order: one untimed run, which finds caches and
-    clocks as its own, and the timed ones.
-    """
-    order = random.Random(request.seed)  # noqa: S311 - an order, no secret
-    turns = [(number, row.run) for number, row in enumerate(rows) if row.run is not None]
-    found: dict[int, list[tuple[float, ...]]] = {number: [] for number, _ in turns}
-    for _ in range(request.rounds):
-        order.shuffle(turns)
-        for number, run in turns:
-            run()
-            samples = []
-            for _ in range(request.runs):
-                begin_ns = clock.now_ns()
-                run()
-                samples.append((clock.now_ns() - begin_ns) / 1e6)
-            found[number].append(tuple(samples))
-    return {number: tuple(rounds) for number, rounds in found.items()}
+    def __init__(
+        self,
+        request: Request,
+        folder: Path,
+        places: tuple[BuildPlace, ...],
+        progress: Callable[[str], None],
+    ) -> None:
+        self._request, self._folder, self._places = request, folder, places
+        self._progress = progress
+        self.bundles: dict[str, Bundle] = {}
+        self.notes: list[str] = []
 
+    def rows(self, sessions: contextlib.ExitStack) -> Iterator[EngineRow]:
+        request = self._request
+        for name in (*request.networks, *request.references):
+            self._progress(f"preparing {name}")
+            try:
+                network = prepare_network(
+                    name,
+                    self._folder,
+                    precision=request.precision,
+                    resolution=request.resolution,
+                    seed=request.seed,
+                )
+            except Exception as error:  # noqa: BLE001 - the other networks are run all the same
+                yield EngineRow(name, WHOLE_ENGINE, None, reason=reason_of(error))
+                continue
+            is_reference = name not in request.networks
+            self._build(network.bundle, whole_only=is_reference)
+            device = _torch_device(request.devices)
+            yield from torch_rows(network, device, unfused=not is_reference)
+            if not is_reference:
+                self.bundles[name] = network.bundle
+                yield from session_rows(
+                    sessions, name, network.bundle, request.devices, request.engine
+                )
+            else:
+                yield self._reference_row(sessions, network)
 
-def summarise(
-    rows: Sequence[EngineRow], samples: Mapping[int, tuple[tuple[float, ...], ...]]
-) -> tuple[MeasuredRow, ...]:
-    """Return rows with their statistics."""
-    whole = {row.network: n for n, row in enumerate(rows) if row.name == "whole engine"}
-    found = []
-    for number, row in enumerate(rows):
-        rounds = samples.get(number, ())
-        base = samples.get(whole.get(row.network, -1), ())
-        every = [sample for one in rounds for sample in one]
-        p99 = statistics.percentile(every, 99) if every else None
-        ratio = None
-        if rounds and base:
-            ratio = ratio_of([median(r) for r in base], [median(r) for r in rounds])
-        found.append(
-            MeasuredRow(
-                row.network,
-                row.name,
-                row.engine,
-                row.execution,
-                row.reason,
-                median(every) if every else None,
-                p99.value if p99 else None,
-                ratio,
-                rounds,
-            )
+    def _build(self, bundle: Bundle, *, whole_only: bool) -> None:
+        self.notes += build_all(
+            bundle,
+            self._places,
+            self._progress,
+            timing_cache=self._folder / "timing.cache",
+            whole_only=whole_only,
         )
-    return tuple(found)
+
+    def _reference_row(self, sessions: contextlib.ExitStack, network: PreparedNetwork) -> EngineRow:
+        request = self._request
+        first = first_device(request.devices)
+        return open_session_row(
+            sessions,
+            network.name,
+            WHOLE_ENGINE,
+            request.engine,
+            lambda: Session.open(network.bundle, first, plan="whole", engine=request.engine),
+        )
 
 
-def findings(rows: Sequence[MeasuredRow], limits: Sequence[Limits]) -> tuple[str, ...]:
-    """Say whether the aims are met; where they are not, where the time goes."""
-    found = []
-    by_name = {(row.network, row.name): row for row in rows}
-    for limit in limits:
-        linear, vectors = (by_name.get((limit.network, n)) for n in (SPLIT, SPLIT_BY_VECTORS))
-        if linear and vectors and linear.samples_ms and vectors.samples_ms:
-            gain = ratio_of(*([median(r) for r in row.samples_ms] for row in (linear, vectors)))
-            found.append(
-                f"{limit.network}: with vectors between engines split streams are "
-                f"{gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as fast as with linear ones"
-            )
-        measured = [row for row in (linear, vectors) if row and row.median_ms is not None]
-        split = min(measured, key=lambda row: row.median_ms or 0.0, default=None)
-        if split is None or split.against_whole is None or split.median_ms is None:
-            continue
-        ratio = split.against_whole
-        text = f"{limit.network}: {split.name} are {ratio.value:.2f}x as fast as the whole engine"
-        if ratio.value < AIM:
-            path = limit.path
-            longest = sorted(path.segments_ms, key=lambda name: -path.segments_ms[name])[:3]
-            shares = ", ".join(f"{name} {path.segments_ms[name]:.3f} ms" for name in longest)
-            text += (
-                f" (aim {AIM}x). Of {split.median_ms:.3f} ms the critical path takes "
-                f"{path.critical_path_ms:.3f} ms ({shares}), and lanes overlap "
-                f"{path.overlap:.0%} of the time: {path.verdict}"
-            )
-        found.append(text)
-    return tuple(found)
+def _told(row: EngineRow, progress: Callable[[str], None]) -> EngineRow:
+    progress(f"{row.network}, {row.name}: {row.reason or row.execution}")
+    return row
 
 
-def measure_peaks(device: torch.device) -> tuple[float, float]:
-    """Return bytes per second of copies, read and written, and FLOP/s of a large product."""
-    on_gpu = device.type == "cuda"
-    side, dtype = (8192, torch.float16) if on_gpu else (512, torch.float32)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros((1 << 30) if on_gpu else (1 << 24), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_s = _shortest_s(lambda: target.copy_(source), device)
-    product_s = _shortest_s(lambda: torch.mm(a, b), device)
-    return 2 * source.numel() / copy_s, 2 * side**3 / product_s
+def _closed(sessions: contextlib.ExitStack) -> Iterator[str]:
+    """Close sessions; an error of one that has failed before must not cost what others gave."""
+    try:
+        sessions.close()
+    except Exception as error:  # noqa: BLE001 - as above
+        yield f"Sessions could not be closed: {reason_of(error)}"
 
 
-def _shortest_s(run: Callable[[], object], device: torch.device) -> float:
-    best, end_s = float("inf"), time.monotonic() + _PROBE_S
-    while time.monotonic() < end_s:
-        begin_s = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin_s)
-    return best
+def _peaks(request: Request) -> tuple[Peaks | None, str]:
+    """Return what the device reaches, and how that was measured or why it was not."""
+    try:
+        if names_gpus(request.devices):
+            peaks = measure_gpu_peaks(first_device(request.devices), request.precision)
+        else:
+            peaks = measure_peaks(usable_cores())
+    except Exception as error:  # noqa: BLE001 - rows are worth keeping without it
+        return None, reason_of(error)
+    return peaks, peaks.how
 
 
 def _torch_device(devices: str) -> torch.device:
     if names_gpus(devices):
         return torch.device("cuda", ordinal_of(parse_gpus(devices)[0]))
     return torch.device("cpu")
-
-
-def _bundle(request: Request, name: str, folder: Path) -> Bundle:
-    network = load_network(name, seed=request.seed)
-    model, provenance = export_graph(network, resolution=request.resolution, batch=1)
-    bundle, _ = make_bundle(
-        model, provenance, folder / f"{name}.bundle", precision=request.precision, prove=False
-    )
-    return bundle
-
-
-def _build_engines(request: Request, bundle: Bundle, progress: Callable[[str], None]) -> None:
-    """Build TensorRT engines, where TensorRT is wanted and installed."""
-    if not names_gpus(request.devices) or request.engine not in {"auto", "tensorrt"}:
-        return
-    from parnet_engines.tensorrt.build_place import choose_places
-    from parnet_engines.tensorrt.bundle_engines import build_engines
-    from parnet_engines.tensorrt.options import EngineOptions
-
-    try:
-        places = choose_places("auto", request.devices.split(",")[0], None)
-    except (InputError, MissingBackendError) as error:
-        if request.engine == "tensorrt":
-            raise
-        progress(f"no TensorRT engines: {error}")
-        return
-    for options in (EngineOptions(), EngineOptions(max_aux_streams=AUX_STREAMS)):
-        for report in build_engines(bundle, places, options):
-            progress(f"engine of {report.segment}: {report.status}")
-    if request.precision == "fp16":
-        for report in build_engines(bundle, places, EngineOptions(boundary="vector"), whole=False):
-            progress(f"engine of {report.segment} with vectors: {report.status}")
-
-
-def _torch_rows(request: Request, name: str, device: torch.device) -> list[EngineRow]:
-    network = load_network(name, seed=request.seed)
-    fused, _ = fuse_and_prove(network, "full")
-    dtype = torch.float16 if request.precision == "fp16" else torch.float32
-    shape = (1, 3, request.resolution, request.resolution)
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    image = image.to(device, dtype, memory_format=torch.channels_last)
-
-    def placed(module: torch.nn.Module) -> Any:
-        own: Any = copy.deepcopy(module).eval().requires_grad_(requires_grad=False)
-        return own.to(device, dtype).to(memory_format=torch.channels_last)
-
-    rows = [
-        torch_row(name, "torch, unfused", placed(network.module), image),
-        torch_row(name, "torch, fused", placed(fused.module), image),
-    ]
-    if device.type == "cuda":
-        module = placed(fused.module)
-        rows.append(torch_row(name, "torch.compile, fused", module, image, compiled=True))
-    return rows
-
-
-def _reference_row(
-    stack: contextlib.ExitStack, request: Request, name: str, bundle: Bundle
-) -> EngineRow:
-    first = request.devices.split(",")[0]
-    return open_session_row(
-        stack,
-        name,
-        "whole engine",
-        request.engine,
-        lambda: Session.open(bundle, first, plan="whole", engine=request.engine),
-    )
-
-
-def _limits(
-    request: Request, name: str, bundle: Bundle, bandwidth: float, flops_per_s: float
-) -> Limits:
-    cost = bundle.manifest.whole_cost
-    return Limits(
-        name,
-        cost.weight_bytes / bandwidth * 1e3,
-        cost.flops / flops_per_s * 1e3,
-        path_figures(bundle, request.devices, request.engine),
-    )

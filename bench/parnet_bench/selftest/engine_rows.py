@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from parnet_bench.selftest.engine_builds import AUX_STREAMS
+from parnet_bench.selftest.failure import reason_of
+from parnet_bench.selftest.resident_runs import resident_runs
 from parnet_engines.cuda.devices import names_gpus, parse_gpus
 from parnet_engines.cuda.session import CudaSession
 from parnet_engines.session import Session
-from parnet_engines.timeline.analysis import analyse
-from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
     import contextlib
@@ -26,15 +26,20 @@ if TYPE_CHECKING:
     from parnet_engines.cuda.boundary import Boundary
     from parnet_export.bundle import Bundle
 
-_RECORDED = 20
+_WARM_UPS = 3
+"""Of torch.compile, the first compiles, the second captures, and the third launches."""
+
+TORCH = "torch"
+"""What the names of rows begin with that torch runs without any engine of ours."""
+
+WHOLE_ENGINE = "whole engine"
+"""The name of the row of the whole graph as one engine."""
+
 SPLIT = "split streams"
 """The name of the row of a split program."""
 
 SPLIT_BY_VECTORS = "split streams, vectors between engines"
 """The same with channels last, in vectors of 8, between engines."""
-
-AUX_STREAMS = 4
-"""How many more CUDA streams TensorRT may use inside an engine of the whole network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,30 +71,12 @@ class EngineRow:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PathFigures:
-    """What a recording of one network says.
-
-    Parameters
-    ----------
-    segments_ms
-        The median latency of every segment when nothing runs beside it.
-    critical_path_ms
-        The longest chain of them: split streams cannot be faster.
-    overlap
-        Time with two or more lanes at work, by time with any, of the split program.
-    verdict
-        Whether lanes overlap, and if not, why.
-    """
-
-    segments_ms: dict[str, float] = field(default_factory=dict)
-    critical_path_ms: float = 0.0
-    overlap: float = 0.0
-    verdict: str = ""
-
-
 def torch_row(
-    network: str, name: str, module: nn.Module, image: torch.Tensor, *, compiled: bool = False
+    network: str,
+    name: str,
+    place: Callable[[], tuple[nn.Module, torch.Tensor]],
+    *,
+    compiled: bool = False,
 ) -> EngineRow:
     """Return a row for torch without any engine of ours.
 
@@ -97,13 +84,29 @@ def torch_row(
     ----------
     network, name
         As for `EngineRow`.
-    module
-        In evaluation form, on the device and in the precision of the image.
-    image
-        The input.
+    place
+        Returns the module, in evaluation form, and its input, both in their precision on the
+        device.
     compiled
         Whether it goes through ``torch.compile``, which captures CUDA graphs itself.
     """
+    way = "torch.compile, reduce-overhead" if compiled else "eager"
+    try:
+        module, image = place()
+        if image.is_cuda and image.dtype is torch.float32 and torch.backends.cudnn.allow_tf32:
+            way += ", convolutions in TF32"  # as torch does unless told otherwise
+        run = _torch_runs(module, image, compiled=compiled)
+        skipped = _graphs_skipped()
+        for _ in range(_WARM_UPS):
+            run()
+    except Exception as error:  # noqa: BLE001 - torch, compilers and kernels raise anything
+        return EngineRow(network, name, None, "torch", way, reason_of(error))
+    if compiled and _graphs_skipped() > skipped:
+        way += ", without a CUDA graph, which torch refused"
+    return EngineRow(network, name, run, "torch", way)
+
+
+def _torch_runs(module: nn.Module, image: torch.Tensor, *, compiled: bool) -> Callable[[], object]:
     run_module: Callable[..., Any] = module
     if compiled:
         run_module = torch.compile(module, mode="reduce-overhead")
@@ -115,14 +118,14 @@ def torch_row(
         if on_gpu:
             torch.cuda.synchronize(image.device)
 
-    way = "torch.compile, reduce-overhead" if compiled else "eager"
-    try:
-        for _ in range(3):
-            run()
-    except (RuntimeError, ParnetError) as error:  # what torch.compile raises derives from it
-        reason = str(error).strip().split("\n")[0]
-        return EngineRow(network, name, None, "torch", way, reason)
-    return EngineRow(network, name, run, "torch", way)
+    return run
+
+
+def _graphs_skipped() -> int:
+    """Return how many graphs torch.compile has run without a CUDA graph so far."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    found: int = counters.get("inductor", {}).get("cudagraph_skips", 0)
+    return found
 
 
 def open_session_row(
@@ -145,10 +148,10 @@ def open_session_row(
     """
     try:
         session = stack.enter_context(open_session())
-        run = _runner(session)
+        run = resident_runs(session)
         run()
-    except (ParnetError, RuntimeError) as error:
-        return EngineRow(network, name, None, reason=str(error).strip().split("\n")[0])
+    except Exception as error:  # noqa: BLE001 - whatever one way raises, the others are tried
+        return EngineRow(network, name, None, reason=reason_of(error))
     if isinstance(session, CudaSession):
         engine = session.engine
     elif engine == "auto":
@@ -174,7 +177,8 @@ def session_rows(
         precision with either boundary between engines), and the authors' layout on all of
         them, or on the same one three times.
     engine
-        As for `Session.open`.
+        As for `Session.open`. Where it is ``"auto"``, all ways run with what the whole engine
+        was found to run with, so that they can be compared.
     """
     first = devices.split(",", maxsplit=1)[0]
     has_vectors = names_gpus(first) and bundle.manifest.precision == "fp16"
@@ -198,7 +202,10 @@ def session_rows(
         return _open_with_aux_streams(bundle, first)
 
     row = partial(open_session_row, stack, network)
-    yield row("whole engine", engine, whole)
+    found = row(WHOLE_ENGINE, engine, whole)
+    yield found
+    if engine == "auto" and found.run is not None:
+        engine = found.engine
     if names_gpus(first):
         yield row("whole engine, no CUDA graph", engine, without_graph)
         yield row("whole engine, aux streams", engine, with_aux_streams)
@@ -208,55 +215,6 @@ def session_rows(
         yield row(SPLIT_BY_VECTORS, engine, partial(streams, "vector"))
     if names_gpus(first):
         yield row("authors' layout", engine, authors)
-
-
-def path_figures(bundle: Bundle, devices: str, engine: str) -> PathFigures:
-    """Record the split program on one lane and on several, and return what they say."""
-    first = devices.split(",", maxsplit=1)[0]
-    graph = bundle.stream_graph
-    with Session.open(bundle, first, lanes=1, engine=engine, record=True) as session:
-        run = _runner(session)
-        for _ in range(_RECORDED):
-            run()
-        alone = session.take_recording()
-    taken: dict[str, list[float]] = {}
-    for span in alone.spans:
-        if span.kind == "run":
-            taken.setdefault(span.label, []).append(span.duration_ns / 1e6)
-    segments_ms = {name: median(values) for name, values in taken.items()}
-    with Session.open(bundle, first, engine=engine, record=True) as session:
-        run = _runner(session)
-        for _ in range(_RECORDED):
-            run()
-        together = session.take_recording()
-        program = session.program.program
-    found = [analyse(program, together.only(number)) for number in together.inferences]
-    path = graph.critical_path(segments_ms)
-    return PathFigures(
-        segments_ms,
-        sum(segments_ms[name] for name in path),
-        median(one.overlap for one in found),
-        found[-1].verdict.sentence,
-    )
-
-
-def _runner(session: AnySession) -> Callable[[], object]:
-    """Return what runs a session on data that lies where it is needed."""
-    generator = np.random.default_rng(0)
-    arrays = {
-        spec.name: generator.standard_normal(spec.resolve()).astype(spec.dtype)
-        for spec in session.inputs
-    }
-    if not isinstance(session, CudaSession):
-        return lambda: session.run(arrays)
-    device = f"cuda:{session.device}"
-    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    outputs = {
-        spec.name: torch.from_numpy(np.zeros(spec.resolve(), spec.dtype)).to(device)
-        for spec in session.outputs
-    }
-    torch.cuda.synchronize(device)
-    return lambda: session.run(inputs, outputs=outputs)
 
 
 def _open_with_aux_streams(bundle: Bundle, device: str) -> CudaSession:

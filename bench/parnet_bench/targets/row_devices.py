@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from parnet_engines.cuda.boundary import Boundary
+    from parnet_engines.cuda.driver import Gpu
 
 
 def check_devices(
@@ -74,3 +75,18 @@ def gpu_ordinals(devices: Iterable[str]) -> tuple[int, ...]:
     names = {name for text in devices if names_gpus(text) for name in parse_gpus(text)}
     # A GPU that is named twice stands for two devices: "cuda:0" and "cuda:0#1".
     return tuple(sorted({int(name.partition(":")[2].partition("#")[0]) for name in names}))
+
+
+def gpus_of(devices: Iterable[str]) -> tuple[Gpu, ...]:
+    """Return the GPUs among the devices of some rows, as CUDA describes them, by ordinal.
+
+    Raises
+    ------
+    InputError, MissingBackendError
+        When they are not there any more; see `check_devices`.
+    """
+    ordinals = gpu_ordinals(devices)
+    if not ordinals:
+        return ()
+    driver = open_driver([f"cuda:{ordinal}" for ordinal in ordinals])
+    return tuple(gpu for gpu in driver.gpus() if gpu.ordinal in ordinals)

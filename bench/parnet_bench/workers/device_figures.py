@@ -20,8 +20,12 @@ class DeviceFigures:
         See `parnet_bench.machine.footprint.Footprint`.
     engine_bytes
         The files that its engines were loaded from; None where the runtime keeps none.
+    engine, execution
+        See `parnet_bench.results.result.Row`.
     """
 
     split: SplitTimes
     peak_device_bytes: int
     engine_bytes: int | None
+    engine: str = ""
+    execution: str = ""

@@ -63,9 +63,13 @@ class LoadedRow:
         self._inputs = sample.inputs
         self._session.run(self._inputs)
         self._runner: Callable[[], object] | None = None
+        if self._gpus is not None:
+            self._gpus.look()  # before other rows are loaded
 
     def take_turn(self, request: TurnRequest) -> Turn:
         """Run as often as asked; see `parnet_bench.workers.turn.Worker.take_turn`."""
+        if self._gpus is not None:
+            self._gpus.begin()
         if request.in_flight != self._in_flight:
             self._session.close()
             self._in_flight = request.in_flight
@@ -91,6 +95,7 @@ class LoadedRow:
         session, gpus = self._session, self._gpus
         if not isinstance(session, CudaSession) or gpus is None:
             raise TypeError("only rows on GPUs have figures of GPUs")
+        gpus.begin()
         self._ready()
         prepare = self._preparation(request)
         times: list[PartTimes] = []
@@ -98,6 +103,7 @@ class LoadedRow:
             if prepare is not None:
                 prepare()
             times.append(session.time_parts(self._inputs if self._job.data_transfers else None))
+        gpus.look()
         recorded = times[request.lead_in :]
         sizes = [file.size_bytes for file in session.engine_files]
         return DeviceFigures(
@@ -109,6 +115,8 @@ class LoadedRow:
             ),
             peak_device_bytes=gpus.peak_bytes,
             engine_bytes=sum(sizes) if sizes else None,
+            engine=session.engine,
+            execution=str(session.execution),
         )
 
     def timeline(self, runs: int) -> RowTimeline:

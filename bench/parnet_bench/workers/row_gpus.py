@@ -20,6 +20,10 @@ _DEFAULT_BYTES = 128 << 20
 class RowGpus:
     """Looks at the memory of some GPUs, and empties their L2 caches.
 
+    A driver tells only how much of a GPU is taken by all processes together. So what the row
+    takes is added up over the spans in which it is the only one at work: from when this is
+    made, or from `begin`, to `look`. All other rows are suspended meanwhile.
+
     Parameters
     ----------
     driver
@@ -33,6 +37,7 @@ class RowGpus:
         self._ordinals = tuple(ordinals)
         self._resources = CudaResources(driver)
         self._flushes: list[tuple[int, int, int, int]] = []
+        self._taken_bytes = 0
         self._peak_bytes = 0
         try:
             for ordinal in self._ordinals:
@@ -44,12 +49,19 @@ class RowGpus:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory that was taken whenever somebody looked."""
+        """Most memory that the row had taken whenever somebody looked."""
         return self._peak_bytes
 
+    def begin(self) -> None:
+        """Begin a span: what others have taken or given back since `look` is not the row's."""
+        self._free_bytes = self._count_free_bytes()
+
     def look(self) -> None:
-        """Look how much memory is taken: all that other processes take meanwhile counts too."""
-        self._peak_bytes = max(self._peak_bytes, self._free_bytes - self._count_free_bytes())
+        """End a span: what has been taken meanwhile is the row's."""
+        free_bytes = self._count_free_bytes()
+        self._taken_bytes += self._free_bytes - free_bytes
+        self._free_bytes = free_bytes
+        self._peak_bytes = max(self._peak_bytes, self._taken_bytes)
 
     def empty_caches(self) -> None:
         """Write more memory than the L2 caches hold, and wait until it is written."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _MODULE = "cuda.bindings.driver"
 _INSTALL = "pip install 'parnet-export[gpu]'"
 _NAME_BYTES = 256
+_BUS_ID_BYTES = 32
 
 
 class BindingsDriver:
@@ -278,7 +279,15 @@ class BindingsDriver:
             (major, minor),
             int(self._call("cuDeviceTotalMem", device)),
             l2_cache_bytes,
+            self._bus_id(device),
         )
+
+    def _bus_id(self, device: Any) -> str:
+        try:
+            found: bytes = self._call("cuDeviceGetPCIBusId", _BUS_ID_BYTES, device)
+        except CudaError:
+            return ""  # nothing computes less well for it
+        return found.split(b"\0")[0].decode()
 
     def _device(self, ordinal: int) -> Any:
         return self._call("cuDeviceGet", ordinal)

@@ -55,6 +55,10 @@ class Gpu:
         All of its memory.
     l2_cache_bytes
         Its L2 cache; 0 where that is not known.
+    pci_bus_id
+        Where its board is plugged in, such as ``"0000:3B:00.0"``; empty where that is not
+        known. Ordinals tell nobody but CUDA which board a GPU is: CUDA numbers the fastest
+        first, and only those of ``CUDA_VISIBLE_DEVICES``.
     """
 
     ordinal: int
@@ -62,6 +66,7 @@ class Gpu:
     compute_capability: tuple[int, int]
     memory_bytes: int
     l2_cache_bytes: int = 0
+    pci_bus_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,8 @@ class RecordingDriver:
         self.fail_at = fail_at
         self.now_ms = 0.0
         self._gpus = tuple(
-            Gpu(i, f"Recorder {i}", (9, 0), 80 * _GIB, _L2_BYTES) for i in range(gpus)
+            Gpu(i, f"Recorder {i}", (9, 0), 80 * _GIB, _L2_BYTES, f"0000:{9 - i:02X}:00.0")
+            for i in range(gpus)
         )
         self._peer_access = peer_access
         self._handles = itertools.count(1000)

@@ -12,6 +12,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
+    "torch": ("torch",),
 }
 """The distributions that a runtime for the CPU comes in."""
 

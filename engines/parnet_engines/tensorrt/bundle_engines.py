@@ -79,10 +79,10 @@ class EngineProgress(BuildProgress, Protocol):
         """Have done with an engine."""
 
 
-def names_of(bundle: Bundle, *, whole: bool) -> tuple[str, ...]:
+def names_of(bundle: Bundle, *, whole: bool, segments: bool = True) -> tuple[str, ...]:
     """Return what a bundle can have engines of: its segments, and perhaps the whole graph."""
-    segments = tuple(segment.name for segment in bundle.stream_graph.segments)
-    return (*segments, WHOLE) if whole else segments
+    names = tuple(segment.name for segment in bundle.stream_graph.segments) if segments else ()
+    return (*names, WHOLE) if whole else names
 
 
 def build_engines(
@@ -91,6 +91,7 @@ def build_engines(
     options: EngineOptions,
     *,
     whole: bool = True,
+    segments: bool = True,
     timing_cache: Path | None = None,
     progress: EngineProgress | None = None,
     command: tuple[str, ...] = (),
@@ -110,6 +111,8 @@ def build_engines(
         How.
     whole
         Whether the whole graph gets an engine besides the segments.
+    segments
+        Whether the segments get engines.
     timing_cache
         A file with timings of kernels, to read and replace; not part of what tells engines
         apart, since it makes building quicker and nothing else.
@@ -132,7 +135,7 @@ def build_engines(
     """
     for place in places:
         version = installed_version(place.target.backend)
-        for name in names_of(bundle, whole=whole):
+        for name in names_of(bundle, whole=whole, segments=segments):
             if progress is not None:
                 progress.engine_start(f"{name} for {place.target}")
             job = _Job(bundle, place, name, resolve_options(options, name), version)

@@ -20,6 +20,7 @@ from parnet_bench.machine.activity import throttle_events as count_throttle_even
 from parnet_bench.machine.state import GpuState
 from parnet_bench.report.page_facts import facts_of
 from parnet_bench.workers.cache_flush import CacheFlush, last_level_cache_bytes
+from parnet_engines.cuda.driver import Gpu
 
 
 def reading(**times_s):
@@ -83,7 +84,7 @@ class Nvml:
         answers = {
             "nvmlSystemGetDriverVersion": "600",
             "nvmlDeviceGetCount": 1,
-            "nvmlDeviceGetHandleByIndex": object(),
+            "nvmlDeviceGetHandleByPciBusId": object(),
             "nvmlDeviceGetPersistenceMode": 1,
             "nvmlDeviceGetComputeRunningProcesses": [1],
             "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
@@ -98,7 +99,7 @@ class Nvml:
 
 def test_a_watch_remembers_the_extremes_and_all_reasons_until_asked():
     nvml = Nvml()
-    watch = GpuWatch(nvml)
+    watch = GpuWatch(nvml, (Gpu(0, "Some GPU", (9, 0), 80 << 30, 0, "0000:3B:00.0"),))
     for clock_mhz, reasons, temperature_c, power_mw in (
         (1900, 4, 60, 350_000),
         (1200, 0, 82, 698_500),

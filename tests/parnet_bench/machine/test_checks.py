@@ -7,6 +7,7 @@ real one.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,7 @@ class Nvml:
             "nvmlDeviceGetCount": 1,
             "nvmlDeviceGetHandleByIndex": "board",
             "nvmlDeviceGetName": "NVIDIA H100",
+            "nvmlDeviceGetPciInfo": SimpleNamespace(busId=b"00000000:3B:00.0"),
             "nvmlDeviceGetPersistenceMode": persistence,
             "nvmlDeviceGetClockInfo": clock,
             "nvmlDeviceGetMaxClockInfo": 1980,
@@ -273,7 +275,9 @@ def test_the_command_shows_each_advice_with_its_command(run, monkeypatch):
     nvml.nvmlInit = lambda: None
     code, table, _ = run("--seconds", "0.1")
     assert code == 0
-    assert "NVIDIA H100, driver 570.1, 1980 of 1980 MHz, 41 °C, 41 W" in table
+    words = " ".join(table.split())
+    assert "NVIDIA H100, 0000:3B:00.0, driver 570.1, 1980 of 1980 MHz, 41 °C, 41 W" in words
+    assert "These are NVML's numbers" in words
     assert "sudo nvidia-smi --id=0 --persistence-mode=1" in table
 
 

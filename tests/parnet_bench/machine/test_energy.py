@@ -13,8 +13,14 @@ from parnet_bench.machine.energy import (
     RaplMeter,
     find_meter,
 )
+from parnet_engines.cuda.driver import Gpu
 
 RANGE_UJ = 262_143_328_850
+BUS_ID = "0A"
+
+
+def gpu(ordinal, bus):
+    return Gpu(ordinal, "Some GPU", (9, 0), 80 << 30, 0, f"0000:{bus:02X}:00.0")
 
 
 class Counters:
@@ -44,17 +50,18 @@ class FakeNvml:
         pass
 
     def __init__(self, *counters_mj, broken=False):
-        self.counters_mj = counters_mj
+        self.counters_mj = {int(BUS_ID, 16) + n: c for n, c in enumerate(counters_mj)}
         self.broken = broken
 
     def nvmlInit(self):  # noqa: N802 -- NVML's name
         if self.broken:
             raise self.NVMLError("Driver Not Loaded")
 
-    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802 -- NVML's name
-        if index >= len(self.counters_mj):
-            raise self.NVMLError("Invalid Argument")
-        return index
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id):  # noqa: N802 -- NVML's name
+        domain, bus, _ = bus_id.split(":")
+        if int(domain, 16) or int(bus, 16) not in self.counters_mj:
+            raise self.NVMLError("Not Found")
+        return int(bus, 16)
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802 -- NVML's name
         if self.counters_mj[handle] is None:
@@ -157,10 +164,26 @@ def test_a_counter_that_stands_still_is_no_energy_of_zero(tmp_path):
 def test_boards_are_added(monkeypatch):
     nvml = FakeNvml(5_000, 7_000, 11_000)
     monkeypatch.setattr(importlib, "import_module", lambda name: {"pynvml": nvml}[name])
-    meter = find_meter((0, 2))
-    assert meter == NvmlMeter(nvml, (0, 2))
+    gpus = (gpu(0, 0x0A), gpu(2, 0x0C))
+    meter = find_meter(gpus)
+    assert meter == NvmlMeter(nvml, gpus)
     assert meter.source == "NVML GPU 0, 2"
     assert meter.read_j() == 16.0
+
+
+def test_a_board_counts_for_the_gpu_that_cuda_finds_on_it(monkeypatch):
+    # CUDA has the fastest first: its GPU 0 is the last board on the bus.
+    nvml = FakeNvml(5_000, 7_000, 11_000)
+    monkeypatch.setattr(importlib, "import_module", lambda _: nvml)
+    meter = find_meter((gpu(0, 0x0C),))
+    assert meter.source == "NVML GPU 0"
+    assert meter.read_j() == 11.0
+
+
+def test_parts_of_one_board_share_its_counter(monkeypatch):
+    nvml = FakeNvml(5_000)
+    monkeypatch.setattr(importlib, "import_module", lambda _: nvml)
+    assert find_meter((gpu(0, 0x0A), gpu(1, 0x0A))).read_j() == 5.0
 
 
 @pytest.mark.parametrize(
@@ -168,12 +191,18 @@ def test_boards_are_added(monkeypatch):
     [
         (FakeNvml(broken=True), "NVML cannot be used (Driver Not Loaded)"),
         (FakeNvml(None), "NVML GPU 0 counts no energy"),
-        (FakeNvml(), "NVML GPU 0 counts no energy"),
+        (FakeNvml(), "NVML does not show the board of GPU 0"),
     ],
 )
 def test_boards_that_count_nothing_say_why(monkeypatch, nvml, reason):
     monkeypatch.setattr(importlib, "import_module", lambda _: nvml)
-    assert find_meter((0,)).missing == reason
+    assert find_meter((gpu(0, 0x0A),)).missing == reason
+
+
+def test_a_gpu_without_a_bus_id_has_no_board(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda _: FakeNvml(5_000))
+    nowhere = Gpu(1, "Some GPU", (9, 0), 80 << 30)
+    assert find_meter((nowhere,)).missing == "NVML does not show the board of GPU 1"
 
 
 def test_an_absent_nvml_is_named_and_a_broken_one_propagates(monkeypatch):
@@ -184,7 +213,7 @@ def test_an_absent_nvml_is_named_and_a_broken_one_propagates(monkeypatch):
         raise ModuleNotFoundError("No module named 'other'", name="other")
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    assert "pip install nvidia-ml-py" in find_meter((0,)).missing
+    assert "pip install nvidia-ml-py" in find_meter((gpu(0, 0x0A),)).missing
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="other"):
-        find_meter((0,))
+        find_meter((gpu(0, 0x0A),))

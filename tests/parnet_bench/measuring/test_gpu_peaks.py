@@ -66,6 +66,18 @@ def test_operations_of_a_product_are_two_for_each_multiplication_and_the_shortes
     assert rate == pytest.approx(2 * sum(multiplications) / rounds / 0.004)
 
 
+def test_a_torch_without_kernels_for_the_gpu_leaves_the_copy(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", refuse)
+    monkeypatch.setattr(gpu_peaks, "copy_bytes_per_s", lambda *_: 1e12)
+    peaks = probe(Copying(1), "0", "fp16")
+    assert (peaks.flops_per_s, peaks.copy_bytes_per_s) == (None, 1e12)
+    assert "torch" not in peaks.how
+
+
 def test_a_product_has_the_precision_of_the_row(monkeypatch):
     multiplied = []
     matmul = torch.matmul

@@ -235,6 +235,14 @@ def test_missing_tails_say_how_many_samples_and_how_much_time_they_take(quiet):
     assert finding.remedy == "Use --min-time 8 --max-time 729."
 
 
+@pytest.mark.parametrize(("devices", "option"), [("cpu", ""), ("0,1", " --devices 0,1")])
+def test_a_row_that_failed_is_tried_again_where_it_failed(quiet, devices, option):
+    description = replace(quiet().rows[0].description, devices=devices)
+    failed = (FailedRow(description, "run", 0, "it is lost."),)
+    (finding,) = [f for f in find(replace(quiet(), failed=failed)) if f.kind == "failed"]
+    assert finding.remedy == f"Try it alone: `parnet-bench latency {description.target}{option}`."
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -7,6 +7,7 @@
    HOST_CUDA_NO_PEERS and HOST_CUDA_NO_JOINT_GRAPHS take abilities away. */
 
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -74,6 +75,11 @@ static int get_name(char *name, int length, int device) {
 static int get_attribute(int *value, int attribute, int device) {
     (void)device;
     *value = attribute == 75 ? 9 : 0; /* compute capability 9.0 */
+    return OK;
+}
+static int get_bus_id(char *id, int length, int device) {
+    if (device == 1) return INVALID_VALUE; /* a GPU that lies on no bus */
+    snprintf(id, length, "0000:%02X:00.0", 0x3B - device);
     return OK;
 }
 static int total_memory(size_t *bytes, int device) { (void)device; *bytes = 1ul << 33; return OK; }
@@ -277,7 +283,8 @@ static int error_string(int error, const char **text) {
 static const struct { const char *name; void *function; } table[] = {
     {"cuInit", init}, {"cuDeviceGetCount", get_count}, {"cuDeviceGet", get_device},
     {"cuDeviceGetName", get_name}, {"cuDeviceGetAttribute", get_attribute},
-    {"cuDeviceTotalMem", total_memory}, {"cuMemGetInfo", memory_info},
+    {"cuDeviceGetPCIBusId", get_bus_id}, {"cuDeviceTotalMem", total_memory},
+    {"cuMemGetInfo", memory_info},
     {"cuDevicePrimaryCtxRetain", retain},
     {"cuDevicePrimaryCtxRelease", release}, {"cuCtxPushCurrent", push}, {"cuCtxSetCurrent", set},
     {"cuCtxPopCurrent", pop}, {"cuDeviceCanAccessPeer", can_access},

@@ -126,6 +126,7 @@ def run(devices: str, kind: str) -> dict[str, object]:
         "copies": how.copies,
         "reason": how.reason,
         "refusal": refusal,
+        "bus_ids": [gpu.pci_bus_id for gpu in driver.gpus()],
         "alive": ctypes.CDLL("libcuda.so.1").host_cuda_alive(),
     }
 
@@ -223,6 +224,7 @@ def test_programs_run_by_the_bindings_and_release_everything(
     found = outcomes[devices, kind, lacking]
     assert found["right"] == 5
     assert found["alive"] == 0
+    assert found["bus_ids"] == ["0000:3B:00.0", "", "0000:39:00.0"]  # the second tells none
     assert {key: found[key] for key in wanted} == wanted
     if kind == "synchronising":
         assert "failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in found["reason"]
