@@ -189,9 +189,12 @@ class _Build:
         config = self._configure(network)
         if progress is not None or cancelled is not None:
             config.progress_monitor = _monitor(self._module, progress, cancelled)
-        plan = self._builder.build_serialized_network(network, config)
-        if cancelled is not None and cancelled.is_set():
-            raise BuildCancelledError(f"{self._subject}: the build was cancelled.")
+        is_restricted = self._trt.forbid_memory_at_run_time(config)
+        plan = self._serialize(network, config, cancelled)
+        if plan is None and is_restricted and self._trt.wants_memory_at_run_time(self._log):
+            # No CUDA graph will capture it, and it runs all the same.
+            self._trt.allow_memory_at_run_time(config)
+            plan = self._serialize(network, config, cancelled)
         if plan is None:
             raise self._refusal(f"cannot be built by {self._trt.label} ({self._log.reason})")
         del parser  # it owns what the network refers to
@@ -200,6 +203,12 @@ class _Build:
         build_s = time.perf_counter() - start_s
         audit = self._audit(content)
         return BuiltEngine(content, self._tensors(), build_s, audit, self._log.text)
+
+    def _serialize(self, network: Any, config: Any, cancelled: threading.Event | None) -> Any:
+        plan = self._builder.build_serialized_network(network, config)
+        if cancelled is not None and cancelled.is_set():
+            raise BuildCancelledError(f"{self._subject}: the build was cancelled.")
+        return plan
 
     @property
     def _subject(self) -> str:

@@ -7,6 +7,7 @@ All that differs between them stands here; everywhere else they are the same:
   which compute capabilities to build for.
 - ``tensorrt_rtx`` has neither timing caches nor engines for other versions of itself. It
   compiles kernels when an engine first runs, and has a runtime cache for them.
+- Engines of ``tensorrt_rtx`` may allocate memory while they run, unless they were built not to.
 - The memory that a context takes has another name before version 10.1.
 """
 
@@ -23,6 +24,8 @@ from parnet_export.errors import InputError, MissingBackendError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from parnet_engines.tensorrt.log import LogRecording
+
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 
 OLDEST_MAJOR = 10
@@ -33,6 +36,9 @@ RTX_OLDEST_CAPABILITY = (8, 0)
 
 LABELS: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 """How people call the backends."""
+
+_STATIC_MEMORY = "REQUIRE_USER_ALLOCATION"
+"""The builder flag of engines that allocate nothing while they run; errors name it, too."""
 
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS: dict[Backend, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
@@ -94,6 +100,29 @@ class TensorRt:
                 remedy = "Choose one of these, or use --backend tensorrt on a machine with that GPU"
                 raise InputError(f"compute capability {capability}", problem, remedy)
 
+    def forbid_memory_at_run_time(self, config: Any) -> bool:
+        """Have engines work in what a context allocates at first, so that graphs can capture them.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to forbid. TensorRT-RTX then refuses networks that cannot
+            do without, those with sizes that depend on data.
+        """
+        flag = getattr(self.module.BuilderFlag, _STATIC_MEMORY, None)  # TensorRT-RTX since 1.2
+        if flag is None:
+            return False
+        config.set_flag(flag)
+        return True
+
+    def allow_memory_at_run_time(self, config: Any) -> None:
+        """Undo `forbid_memory_at_run_time`."""
+        config.clear_flag(getattr(self.module.BuilderFlag, _STATIC_MEMORY))
+
+    def wants_memory_at_run_time(self, log: LogRecording) -> bool:
+        """Tell whether a network was refused because it needs what was forbidden."""
+        return any(_STATIC_MEMORY in error for error in log.errors)
+
     def context_memory_bytes(self, engine: Any) -> int:
         """Return the GPU memory that each execution context of an engine takes."""
         if hasattr(engine, "device_memory_size_v2"):
@@ -104,13 +133,18 @@ class TensorRt:
         """Return how contexts of an engine are to run; None where that cannot be configured.
 
         Whole programs are captured into CUDA graphs here, so that TensorRT-RTX must make
-        none of its own.
+        none of its own. By default it first runs a sizes-agnostic kernel for dynamic shapes
+        while it compiles a better one in the background, and a graph that was captured
+        meanwhile would keep the slow one for good: it has to wait for the better one.
         """
         if self.backend == "tensorrt":
             return None
         config = engine.create_runtime_config()
         if hasattr(config, "cuda_graph_strategy"):  # since 1.3
             config.cuda_graph_strategy = self.module.CudaGraphStrategy.DISABLED
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            strategies = self.module.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return config
 
 

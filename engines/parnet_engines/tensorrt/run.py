@@ -12,7 +12,7 @@ from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import build_command, require_plan
 from parnet_engines.tensorrt.engine_finder import find_engine
 from parnet_engines.tensorrt.engine_sidecar import read_sidecar
-from parnet_engines.tensorrt.log import logger_of, recording
+from parnet_engines.tensorrt.log import logger_of, recording, take_error
 from parnet_engines.tensorrt.module import choose_backend, import_tensorrt
 from parnet_engines.tensorrt.options import EngineOptions
 from parnet_export import files
@@ -281,7 +281,10 @@ class _Binding:
         if self.context is None:
             raise ValueError(f"engine {self.name!r} is closed")
         if not self.context.execute_async_v3(stream):
-            raise EnqueueRefusedError(f"TensorRT refused to enqueue engine {self.name!r}")
+            reason = take_error() or "no reason given"
+            raise EnqueueRefusedError(
+                f"TensorRT refused to enqueue engine {self.name!r} ({reason})"
+            )
 
 
 def load_engines(

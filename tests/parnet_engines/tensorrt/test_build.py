@@ -68,6 +68,7 @@ class FakeTensorRt:
 
     def __init__(self, segment, *, major=10, plan=b"plan", timings=True, layers=None):
         self.calls = calls = []
+        self.refusals = refusals = []
         flags = {"STRONGLY_TYPED": 3} if major == 10 else {}
         self.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
         self.BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
@@ -114,6 +115,10 @@ class FakeTensorRt:
 
             def build_serialized_network(self, *_):
                 calls.append(("build_serialized_network",))
+                for flag, message in refusals:
+                    if calls.count(("set_flag", flag)) > calls.count(("clear_flag", flag)):
+                        self.logger.log(ILogger.ERROR, message)
+                        return None
                 if plan is None:
                     self.logger.log(ILogger.ERROR, "Error Code 10: no implementation for node X.")
                     self.logger.log(ILogger.ERROR, "a later error")
@@ -262,6 +267,35 @@ def test_a_gpu_of_the_target_audits_the_engine(make_two_streams, tmp_path, layer
     assert tuple(call.verb for call in driver.calls) == verbs
     assert {call.device for call in driver.calls if call.verb != "pop_context"} == {1}
     assert driver.open_resources == {}
+
+
+# --------------------------------------------------------- memory that graphs can capture
+
+
+@pytest.mark.parametrize("needs_memory", [False, True])
+def test_engines_allocate_nothing_while_they_run_unless_they_must(bundle, tmp_path, needs_memory):
+    request = request_for(bundle, "stem", tmp_path, target=Target("tensorrt-rtx"))
+    module = FakeTensorRt(request.segment)
+    module.BuilderFlag.REQUIRE_USER_ALLOCATION = "STATIC"
+    if needs_memory:
+        refusal = "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with networks that"
+        module.refusals.append(("STATIC", refusal))
+    built = build_engine(TensorRt("tensorrt-rtx", module, "1.7.0"), request)
+    assert built.plan == b"plan"
+    build = ("build_serialized_network",)
+    again = [("clear_flag", "STATIC"), build] if needs_memory else []
+    assert module.calls[-2 - len(again) :] == [("set_flag", "STATIC"), build, *again]
+
+
+@needs_rtx
+def test_tensorrt_rtx_has_the_flag_and_the_strategies_that_capturing_needs():
+    import tensorrt_rtx
+
+    assert hasattr(tensorrt_rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+    assert hasattr(tensorrt_rtx.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    config = tensorrt_rtx.IRuntimeConfig
+    assert hasattr(config, "dynamic_shapes_kernel_specialization_strategy")
+    assert hasattr(config, "cuda_graph_strategy")
 
 
 # ------------------------------------------------------------------- the real TensorRT-RTX

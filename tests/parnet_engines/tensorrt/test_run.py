@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from parnet_engines.tensorrt.engine_sidecar import (
     Sidecar,
     read_sidecar,
 )
+from parnet_engines.tensorrt.log import logger_of, recording, take_error
 from parnet_engines.tensorrt.module import TensorRt
 from parnet_engines.tensorrt.options import EngineOptions, SizeRange, Target, target_of
 from parnet_engines.tensorrt.run import EnqueueRefusedError, TensorRtEngine, load_engines
@@ -80,7 +82,10 @@ class FakeTensorRt:
                 return note("set_tensor_address", name, address, default=True)
 
             def execute_async_v3(self, stream_handle):
-                return note("execute_async_v3", stream_handle, default=True)
+                answer = note("execute_async_v3", stream_handle, default=True)
+                if not answer:
+                    logger_of(module).log(ILogger.ERROR, "Error Code 3: not stream\ncapturable.")
+                return answer
 
         class Cache:
             def deserialize(self, blob):
@@ -92,6 +97,7 @@ class FakeTensorRt:
         class Config:
             def __init__(self):
                 self.cuda_graph_strategy = None
+                self.dynamic_shapes_kernel_specialization_strategy = "LAZY"  # as the manual says
 
             def create_runtime_cache(self):
                 note("create_runtime_cache")
@@ -108,7 +114,13 @@ class FakeTensorRt:
                 return Named(module.layouts.get(name, "LINEAR"))
 
             def create_execution_context(self, *arguments):
-                strategies = [a.cuda_graph_strategy for a in arguments]
+                strategies = [
+                    (
+                        str(a.cuda_graph_strategy),
+                        str(a.dynamic_shapes_kernel_specialization_strategy),
+                    )
+                    for a in arguments
+                ]
                 made = note("create_execution_context", *strategies, default=Context)
                 return made and made()
 
@@ -117,6 +129,7 @@ class FakeTensorRt:
         if rtx:
             Engine.create_runtime_config = lambda _: Config()
             self.CudaGraphStrategy = SimpleNamespace(DISABLED=Named("DISABLED"))
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=Named("EAGER"))
 
         class Runtime:
             engine_host_code_allowed = False
@@ -230,21 +243,22 @@ def test_an_engine_is_bound_once_and_enqueued_often(bundle, driver):
 
 
 def test_tensorrt_rtx_makes_no_graphs_of_its_own_and_keeps_its_kernels(bundle, driver):
+    """Nor may it go on with kernels of the first run that a graph would keep for good."""
     module = FakeTensorRt(driver, rtx=True)
     engine = load(bundle, "stem", driver, module, "tensorrt-rtx")
     for _ in range(2):
         engine.bind(*tensors_of(engine))
     engine.close()
     assert [
-        str(call[-1]) if call[0] == "create_execution_context" else call[0] for call in module.calls
+        call[-1] if call[0] == "create_execution_context" else call[0] for call in module.calls
     ] == [
         "deserialize",
         "create_runtime_cache",
         "set_runtime_cache",
-        "DISABLED",
+        ("DISABLED", "EAGER"),
         "set_tensor_address",
         "set_tensor_address",
-        "DISABLED",
+        ("DISABLED", "EAGER"),
         "set_tensor_address",
         "set_tensor_address",
         "serialize_cache",
@@ -337,8 +351,21 @@ def test_a_refused_enqueue_is_an_error_of_its_own(bundle, driver):
     engine = load(bundle, "stem", driver, module)
     enqueue = engine.bind(*tensors_of(engine))
     driver.push_context(1)
-    with pytest.raises(EnqueueRefusedError, match="refused to enqueue engine 'stem'"):
+    refused = r"refused to enqueue engine 'stem' \(Error Code 3: not stream capturable\)"
+    with pytest.raises(EnqueueRefusedError, match=refused):
         enqueue(STREAM)
+    assert take_error() == ""  # no later refusal is put down to it
+
+
+def test_what_another_thread_records_is_not_taken_for_the_reason(bundle, driver):
+    module = FakeTensorRt(driver)
+    logger = logger_of(module)
+    with ThreadPoolExecutor(1) as pool, recording() as record:
+        error = pool.submit(logger.log, module.ILogger.ERROR, "of the other thread")
+        error.result()
+        assert pool.submit(take_error).result() == "of the other thread"
+    assert record.errors == ["of the other thread"]  # nobody else was recording
+    assert take_error() == ""
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
