@@ -52,6 +52,7 @@ class FakeTensorRt:
     def __init__(self, driver, *, rtx=False, oldest=False, layouts=None, answers=None):
         self.calls = []
         self.contexts = []
+        self.released_on = []
         self.driver = driver
         self.layouts = layouts or {}
         self.answers = answers or {}
@@ -71,6 +72,9 @@ class FakeTensorRt:
         class Context:
             def __init__(self):
                 module.contexts.append(weakref.ref(self))
+
+            def __del__(self):
+                module.released_on.append(module.driver.current())
 
             def set_input_shape(self, name, shape):
                 return note("set_input_shape", name, shape, default=True)
@@ -311,7 +315,7 @@ def test_each_binding_has_a_context_and_closing_releases_all(bundle, driver):
     first, second = (engine.bind(*tensors_of(engine)) for _ in range(2))
     gc.collect()
     assert [context() is not None for context in module.contexts] == [True, True]
-    assert first.context is not second.context
+    assert first.context.native is not second.context.native
     engine.close()
     engine.close()
     gc.collect()
@@ -321,6 +325,29 @@ def test_each_binding_has_a_context_and_closing_releases_all(bundle, driver):
     for closed in (lambda: first(STREAM), lambda: engine.bind(*tensors_of(engine))):
         with pytest.raises(ValueError, match="engine 'stem' is closed"):
             closed()
+
+
+def test_a_binding_that_is_dropped_gives_its_memory_back(make_two_streams, tmp_path, driver):
+    """A session that meets many sizes of batches drops those it has not seen for long."""
+    bundle = make_two_streams(tmp_path, batch="batch")
+    module = FakeTensorRt(driver)
+    options = EngineOptions(sizes={"batch": SizeRange(1, 2, 8)})
+    engine = load(bundle, "stem", driver, module, options=options)
+    for batch in range(1, 9):
+        module.output_shapes["stem"] = [batch, 12, 64, 64]
+        enqueue = engine.bind(*tensors_of(engine, batch=batch))
+    alive = [context() is not None for context in module.contexts]
+    assert alive == [False] * 7 + [True]
+    assert module.released_on == [1] * 7  # where the engine's device was current
+    module.answers["set_tensor_address"] = False
+    with pytest.raises(InputError, match="refuses the address"):
+        engine.bind(*tensors_of(engine, batch=8))
+    gc.collect()
+    assert [context() is not None for context in module.contexts][7:] == [True, False]
+    engine.close()
+    del enqueue
+    assert module.released_on == [1] * 9
+    assert driver.open_resources == {}
 
 
 def test_memory_and_streams_are_told(bundle, driver):
