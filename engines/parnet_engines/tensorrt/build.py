@@ -343,6 +343,14 @@ class _Build:
         if engine is None:
             return None
         inspector = engine.create_engine_inspector()
+        dynamic = [spec for spec in self._request.segment.inputs if spec.is_dynamic]
+        if dynamic:
+            # Without sizes, TensorRT 10 tells no tensor's type.
+            context = engine.create_execution_context()
+            if context is not None:
+                for spec in dynamic:
+                    context.set_input_shape(spec.name, self._sized(spec, "optimal")[0])
+                inspector.execution_context = context
         text = inspector.get_engine_information(self._module.LayerInformationFormat.JSON)
         is_half = self._request.precision == "fp16"
         return audit_layers(

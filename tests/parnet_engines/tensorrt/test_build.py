@@ -130,7 +130,20 @@ class FakeTensorRt:
 
             def deserialize_cuda_engine(self, _):
                 inspector = SimpleNamespace(get_engine_information=lambda _: layers)
-                return layers and SimpleNamespace(create_engine_inspector=lambda: inspector)
+                context = Attributes(calls, set_input_shape=True)
+
+                def contextual(name):
+                    assert name == "JSON"
+                    if getattr(inspector, "execution_context", None) is not context:
+                        return layers.replace("Float", "N/A due to dynamic shapes")
+                    return layers
+
+                if segment.inputs[0].is_dynamic:
+                    inspector.get_engine_information = contextual
+                return layers and SimpleNamespace(
+                    create_engine_inspector=lambda: inspector,
+                    create_execution_context=lambda: context,
+                )
 
         self.ILogger, self.IProgressMonitor = ILogger, IProgressMonitor
         self.Builder, self.Runtime = Builder, Runtime
@@ -267,6 +280,21 @@ def test_a_gpu_of_the_target_audits_the_engine(make_two_streams, tmp_path, layer
     assert tuple(call.verb for call in driver.calls) == verbs
     assert {call.device for call in driver.calls if call.verb != "pop_context"} == {1}
     assert driver.open_resources == {}
+
+
+def test_an_engine_of_a_dynamic_batch_is_audited_at_the_size_it_is_tuned_for(
+    make_two_streams, tmp_path
+):
+    bundle = make_two_streams(tmp_path, precision="fp16", batch="batch")
+    driver = RecordingDriver(1)
+    options = EngineOptions(max_aux_streams=0, sizes={"batch": SizeRange(1, 2, 4)})
+    device = BuildDevice(driver, driver.gpus()[0])
+    request = request_for(bundle, "stem", tmp_path, device=device, options=options)
+    layers = {"Layers": [{"Name": "stem/conv", "Outputs": [{"Format/Datatype": "Float"}]}]}
+    module = FakeTensorRt(request.segment, layers=json.dumps(layers))
+    built = build_engine(TensorRt("tensorrt", module, "10.0.0"), request)
+    assert module.calls[-1] == ("set_input_shape", "image", (2, 3, 64, 64))
+    assert built.audit == Audit({"fp32": 1}, ("stem/conv",))
 
 
 # --------------------------------------------------------- memory that graphs can capture
