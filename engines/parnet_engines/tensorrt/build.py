@@ -180,7 +180,7 @@ class _Build:
         self._module = trt.module
         self._request = request
         self._log = log
-        self._builder = trt.module.Builder(logger_of(trt.module))
+        self._builder = trt.builder(log)
         self._timings: Any = None
 
     def run(self, progress: BuildProgress | None, cancelled: threading.Event | None) -> BuiltEngine:
@@ -338,7 +338,7 @@ class _Build:
     def _audit(self, plan: bytes) -> Audit | None:
         if self._request.device is None:
             return None
-        runtime = self._module.Runtime(logger_of(self._module))
+        runtime = self._trt.runtime(self._log)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return None

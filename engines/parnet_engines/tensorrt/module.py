@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
+from parnet_engines.tensorrt.log import logger_of
 from parnet_export.errors import InputError, MissingBackendError
 
 if TYPE_CHECKING:
@@ -70,6 +71,21 @@ class TensorRt:
     def label(self) -> str:
         """Name and version, for people."""
         return f"{LABELS[self.backend]} {self.version}"
+
+    def builder(self, log: LogRecording) -> Any:
+        """Return a new builder; raises `InputError` where TensorRT does not start."""
+        return self._start("Builder", log)
+
+    def runtime(self, log: LogRecording) -> Any:
+        """Return a new runtime; raises `InputError` where TensorRT does not start."""
+        return self._start("Runtime", log)
+
+    def _start(self, kind: str, log: LogRecording) -> Any:
+        try:
+            return getattr(self.module, kind)(logger_of(self.module))
+        except TypeError as error:  # of its bindings: TensorRT has returned no object
+            remedy = "Upgrade the NVIDIA driver, or install a TensorRT for its version of CUDA"
+            raise InputError(self.label, f"does not start here ({log.reason})", remedy) from error
 
     def network_flags(self) -> int:
         """Return the flags of a network whose tensors have the types that the graph gives them."""
@@ -148,6 +164,15 @@ class TensorRt:
         return config
 
 
+def installed_backends() -> tuple[Backend, ...]:
+    """Return the backends that are installed, TensorRT first. Nothing is imported."""
+    return tuple(
+        backend
+        for backend, module in _MODULES.items()
+        if importlib.util.find_spec(module) is not None
+    )
+
+
 def choose_backend(wanted: Backend | Literal["auto"], *, other_gpus: bool = False) -> Backend:
     """Return the backend that ``auto`` stands for. Nothing is imported.
 
@@ -170,8 +195,9 @@ def choose_backend(wanted: Backend | Literal["auto"], *, other_gpus: bool = Fals
         choices = (wanted,)
     elif other_gpus:
         choices = ("tensorrt-rtx",)
+    installed = installed_backends()
     for backend in choices:
-        if importlib.util.find_spec(_MODULES[backend]) is not None:
+        if backend in installed:
             return backend
     last = choices[-1]
     raise MissingBackendError(_MODULES[last], "Building TensorRT engines", _install(last))
@@ -208,6 +234,9 @@ def import_tensorrt(backend: Backend) -> TensorRt:
     if backend == "tensorrt" and int(version.partition(".")[0]) < OLDEST_MAJOR:
         remedy = f"Upgrade it: {_install(backend)}"
         raise InputError(f"tensorrt {version}", f"is older than {OLDEST_MAJOR}", remedy)
+    if hasattr(module, "init_libnvinfer_plugins"):
+        # Some operators are plugins, and the parser finds only those that are registered.
+        module.init_libnvinfer_plugins(logger_of(module), "")
     return TensorRt(backend, module, version)
 
 

@@ -11,10 +11,10 @@ from parnet_engines.cuda.engine import CudaSegmentEngine, EngineFile
 from parnet_engines.tensorrt.build import FORMATS
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import build_command, require_plan
-from parnet_engines.tensorrt.engine_finder import find_engine
+from parnet_engines.tensorrt.engine_finder import backend_of, find_engine
 from parnet_engines.tensorrt.engine_sidecar import read_sidecar
-from parnet_engines.tensorrt.log import logger_of, recording, take_error
-from parnet_engines.tensorrt.module import choose_backend, import_tensorrt
+from parnet_engines.tensorrt.log import recording, take_error
+from parnet_engines.tensorrt.module import import_tensorrt
 from parnet_engines.tensorrt.options import EngineOptions
 from parnet_export import files
 from parnet_export.errors import InputError
@@ -172,7 +172,7 @@ class TensorRtEngine(CudaSegmentEngine):
             yield log
 
     def _load(self, plan: bytes, log: LogRecording) -> None:
-        runtime = self._trt.module.Runtime(logger_of(self._trt.module))
+        runtime = self._trt.runtime(log)
         if self._sidecar.recipe.options.version_compatible:
             runtime.engine_host_code_allowed = True  # such a plan brings its own runtime along
         engine = runtime.deserialize_cuda_engine(plan)
@@ -328,7 +328,9 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU, and its driver.
-    backend, max_aux_streams
+    backend
+        Whose engines; ``"auto"``: of what is installed, the first that the bundle has any of.
+    max_aux_streams
         Which engines; see `EngineOptions`.
     boundary
         Which ones, too; None: those that are built unless asked otherwise, ``"linear"``.
@@ -340,7 +342,7 @@ def load_engines(
     MissingBackendError
         When the backend is not installed.
     """
-    chosen = choose_backend(backend)
+    chosen = backend_of(bundle, backend)
     gpu = driver.gpus()[device]
     trt = import_tensorrt(chosen)
     options = EngineOptions(boundary=boundary or "linear", max_aux_streams=max_aux_streams)

@@ -25,6 +25,8 @@ from parnet_engines.proof.device_verification import table, verify_on
 from parnet_engines.runtimes import ort_cuda
 from parnet_engines.runtimes.torch_engine import TorchEngine
 from parnet_engines.session import Session
+from parnet_engines.tensorrt import engine_finder
+from parnet_engines.tensorrt import module as tensorrt_module
 from parnet_engines.tensorrt import run as tensorrt_run
 from parnet_engines.tensorrt.build import FORMATS
 from parnet_engines.tensorrt.bundle_engines import segment_of
@@ -160,11 +162,11 @@ def driver(monkeypatch):
 @pytest.fixture
 def module(bundle, driver, monkeypatch):
     found = ComputingTensorRt(bundle, driver)
-    monkeypatch.setattr(tensorrt_run, "choose_backend", lambda _: "tensorrt")
+    monkeypatch.setattr(engine_finder, "choose_backend", lambda _: "tensorrt")
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda backend: TensorRt(backend, found, VERSION)
     )
-    monkeypatch.setattr(tensorrt_run, "logger_of", lambda _: None)
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
     return found
 
 
@@ -330,11 +332,11 @@ def half(make_two_streams, tmp_path, driver, monkeypatch):
     """A bundle in half precision, with engines for both boundaries."""
     made = make_two_streams(tmp_path / "half", precision="fp16")
     found = ComputingTensorRt(made, driver)
-    monkeypatch.setattr(tensorrt_run, "choose_backend", lambda _: "tensorrt")
+    monkeypatch.setattr(engine_finder, "choose_backend", lambda _: "tensorrt")
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda backend: TensorRt(backend, found, VERSION)
     )
-    monkeypatch.setattr(tensorrt_run, "logger_of", lambda _: None)
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
     install(made, driver)
     return made, found, install(made, driver, SEGMENTS, "vector")
 

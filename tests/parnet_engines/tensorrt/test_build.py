@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -442,6 +442,37 @@ def test_versions_before_10_are_too_old(monkeypatch, version, fits):
     else:
         with pytest.raises(InputError, match=r"tensorrt 8\.6\.1: is older than 10"):
             import_tensorrt("tensorrt")
+
+
+def test_plugins_are_registered_before_anything_is_parsed(monkeypatch):
+    registered = []
+
+    class Module(ModuleType):
+        __version__ = "10.9.0.34"
+
+        class ILogger:
+            pass
+
+        @staticmethod
+        def init_libnvinfer_plugins(logger, namespace):
+            registered.append((isinstance(logger, Module.ILogger), namespace))
+            return True
+
+    monkeypatch.setattr(tensorrt_module, "_DISTRIBUTIONS", {"tensorrt": ()})
+    monkeypatch.setitem(sys.modules, "tensorrt", Module("tensorrt"))
+    import_tensorrt("tensorrt")
+    assert registered == [(True, "")]
+
+
+@needs_rtx
+def test_a_tensorrt_that_has_no_builder_here_is_a_sentence(bundle, tmp_path, monkeypatch):
+    trt = import_tensorrt("tensorrt-rtx")
+    without = SimpleNamespace(
+        Builder=lambda _: trt.module.Builder(None), ILogger=trt.module.ILogger
+    )
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
+    with pytest.raises(InputError, match=r"TensorRT 10\.9: does not start here"):
+        build_engine(TensorRt("tensorrt", without, "10.9"), request_for(bundle, "stem", tmp_path))
 
 
 def test_gpus_of_one_kind_share_their_engines(monkeypatch):

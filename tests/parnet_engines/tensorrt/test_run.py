@@ -18,7 +18,7 @@ from parnet_engines.cuda.engine import CudaEngine, DeviceTensor
 from parnet_engines.cuda.recording_driver import RecordingDriver
 from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.planning.cost_table import WHOLE
-from parnet_engines.tensorrt import engine_cache
+from parnet_engines.tensorrt import engine_cache, engine_finder
 from parnet_engines.tensorrt import run as tensorrt_run
 from parnet_engines.tensorrt.engine_cache import recipe_of, sidecar_path, store
 from parnet_engines.tensorrt.engine_sidecar import (
@@ -416,6 +416,25 @@ def test_an_engine_that_does_not_load_says_what_it_is_and_how_to_rebuild_it(bund
     assert driver.open_resources == {}
 
 
+def test_a_tensorrt_that_does_not_start_is_a_sentence(bundle, driver):
+    """Its bindings raise TypeError where the driver is too old for its CUDA."""
+    module = FakeTensorRt(driver)
+
+    class Runtime:
+        def __init__(self, logger):
+            logger.log(module.ILogger.ERROR, "CUDA initialization failure with error: 35.")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module.Runtime = Runtime
+    with pytest.raises(InputError) as caught:
+        load(bundle, "stem", driver, module)
+    assert str(caught.value) == (
+        "TensorRT 10.9.0.34: does not start here (CUDA initialization failure with error: 35). "
+        "Upgrade the NVIDIA driver, or install a TensorRT for its version of CUDA."
+    )
+    assert driver.open_resources == {}
+
+
 def test_a_plan_with_a_flipped_byte_never_reaches_tensorrt(bundle, driver):
     path = install(bundle, "stem", driver)
     plan = path.with_name(read_sidecar(path).plan)
@@ -497,8 +516,9 @@ def tensorrt(monkeypatch, driver):
         "tensorrt-rtx": FakeTensorRt(driver, rtx=True),
     }
     monkeypatch.setattr(
-        tensorrt_run, "choose_backend", lambda wanted: "tensorrt" if wanted == "auto" else wanted
+        engine_finder, "choose_backend", lambda wanted: "tensorrt" if wanted == "auto" else wanted
     )
+    monkeypatch.setattr(engine_finder, "installed_backends", lambda: tuple(modules))
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda b: TensorRt(b, modules[b], VERSIONS[b])
     )
@@ -543,6 +563,51 @@ def test_the_engine_for_just_this_gpu_is_preferred(bundle, driver, tensorrt):
         exact = install(bundle, "stem", driver, backend="tensorrt-rtx")
     assert found == [general, exact]
     assert several not in found
+
+
+def test_automatically_the_engines_that_the_bundle_has_are_run(bundle, driver, tensorrt):
+    """Both backends may be installed, and only one of them may have built engines."""
+    rtx = install(bundle, "stem", driver, backend="tensorrt-rtx", target=Target("tensorrt-rtx"))
+    (engine,) = load_engines(bundle, ["stem"], driver, 1).values()
+    assert engine.path == rtx
+    ours = install(bundle, "stem", driver)
+    (engine,) = load_engines(bundle, ["stem"], driver, 1).values()
+    assert engine.path == ours
+    with pytest.raises(InputError, match="holds no TensorRT engine of 'head'"):
+        load_engines(bundle, ["head"], driver, 1)
+
+
+def test_engines_of_the_other_backend_are_none_of_this_one(bundle, driver, tensorrt):
+    install(bundle, "stem", driver, backend="tensorrt-rtx")
+    with pytest.raises(InputError, match="holds no TensorRT engine of 'stem'"):
+        load_engines(bundle, ["stem"], driver, 1, backend="tensorrt")
+
+
+def test_the_command_that_rebuilds_an_engine_has_the_options_it_was_built_with(
+    make_two_streams, tmp_path, driver, tensorrt
+):
+    bundle = make_two_streams(tmp_path, batch="batch")
+    options = EngineOptions(tf32=False, sizes={"batch": SizeRange(1, 2, 4)}, workspace_mib=64)
+    install(bundle, "stem", driver, options=options, version="10.8.0.1")
+    with pytest.raises(InputError) as caught:
+        load_engines(bundle, ["stem"], driver, 1)
+    flags = "--no-tf32 --shapes batch=1/2/4 --workspace-mib 64"
+    assert caught.value.remedy.endswith(f"--backend tensorrt --devices 1 {flags}")
+
+
+@pytest.mark.parametrize(
+    ("built_by", "fits"), [("10.0.0b6", True), ("10.8.0.43", True), ("10.10.0b1", False)]
+)
+def test_a_version_compatible_engine_runs_later_also_if_a_preview_has_built_it(
+    bundle, driver, tensorrt, built_by, fits
+):
+    options = EngineOptions(version_compatible=True)
+    install(bundle, "stem", driver, options=options, version=built_by)
+    if fits:
+        assert load_engines(bundle, ["stem"], driver, 1)
+    else:
+        with pytest.raises(InputError, match=r"and TensorRT 10\.9\.0\.34 is installed here"):
+            load_engines(bundle, ["stem"], driver, 1)
 
 
 @pytest.mark.parametrize(
