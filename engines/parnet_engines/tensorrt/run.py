@@ -210,6 +210,8 @@ class TensorRtEngine(CudaSegmentEngine):
         )
         if context is None:
             raise self._refusal("another execution context", log)
+        # Engines are built to tell everything to the audit; enqueuing need not pay for that.
+        context.nvtx_verbosity = self._trt.module.ProfilingVerbosity.LAYER_NAMES_ONLY
         return context
 
     def _release(self, context: _Context) -> None:

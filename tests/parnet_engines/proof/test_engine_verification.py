@@ -60,6 +60,7 @@ class ComputingTensorRt:
     """
 
     ILogger = SimpleNamespace(VERBOSE=0, INFO=1, ERROR=2, INTERNAL_ERROR=3)
+    ProfilingVerbosity = SimpleNamespace(LAYER_NAMES_ONLY=1)
 
     def __init__(self, bundle, driver):
         self.spoil = {}
