@@ -191,8 +191,8 @@ class _Build:
             config.progress_monitor = _monitor(self._module, progress, cancelled)
         is_restricted = self._trt.forbid_memory_at_run_time(config)
         plan = self._serialize(network, config, cancelled)
-        if plan is None and is_restricted and self._trt.wants_memory_at_run_time(self._log):
-            # No CUDA graph will capture it, and it runs all the same.
+        if plan is None and is_restricted:
+            # If that was the reason, it runs all the same, and no CUDA graph will capture it.
             self._trt.allow_memory_at_run_time(config)
             plan = self._serialize(network, config, cancelled)
         if plan is None:

@@ -39,7 +39,7 @@ LABELS: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-
 """How people call the backends."""
 
 _STATIC_MEMORY = "REQUIRE_USER_ALLOCATION"
-"""The builder flag of engines that allocate nothing while they run; errors name it, too."""
+"""The builder flag of engines that allocate nothing while they run."""
 
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS: dict[Backend, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
@@ -123,7 +123,7 @@ class TensorRt:
         -------
         bool
             Whether there was anything to forbid. TensorRT-RTX then refuses networks that cannot
-            do without, those with sizes that depend on data.
+            do without: those with sizes that depend on data, or very large ones.
         """
         flag = getattr(self.module.BuilderFlag, _STATIC_MEMORY, None)  # TensorRT-RTX since 1.2
         if flag is None:
@@ -134,10 +134,6 @@ class TensorRt:
     def allow_memory_at_run_time(self, config: Any) -> None:
         """Undo `forbid_memory_at_run_time`."""
         config.clear_flag(getattr(self.module.BuilderFlag, _STATIC_MEMORY))
-
-    def wants_memory_at_run_time(self, log: LogRecording) -> bool:
-        """Tell whether a network was refused because it needs what was forbidden."""
-        return any(_STATIC_MEMORY in error for error in log.errors)
 
     def context_memory_bytes(self, engine: Any) -> int:
         """Return the GPU memory that each execution context of an engine takes."""
