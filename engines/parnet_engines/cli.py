@@ -73,6 +73,15 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    max_aux_streams: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Take the engines that `build` has made with this --max-aux-streams. "
+            "Default: those that it makes without.",
+            show_default=False,
+        ),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -101,6 +110,9 @@ def verify(
     if boundary is not None and devices is None:
         problem = "is between engines on devices, and none are named"
         raise InputError("--boundary", problem, "Add --devices, such as --devices 0")
+    if max_aux_streams is not None and devices is None:
+        problem = "is for engines on devices, and none are named"
+        raise InputError("--max-aux-streams", problem, "Add --devices, such as --devices 0")
     opened = open_bundle(bundle)
     source = None
     if ckpt is not None:
@@ -128,6 +140,7 @@ def verify(
                 seed=seed or 0,
                 save=save,
                 boundary=boundary,
+                max_aux_streams=max_aux_streams,
             )
         result["devices"] = on_devices
         result["passed"] = proof.passed and on_devices.passed

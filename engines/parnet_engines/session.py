@@ -100,6 +100,7 @@ class Session(BaseSession["Engine", "Host"]):
         record: bool = False,
         timeout_s: float | None = None,
         boundary: Boundary | None = None,
+        max_aux_streams: int | None = None,
     ) -> Session | CudaSession:
         """Load a bundle.
 
@@ -142,6 +143,10 @@ class Session(BaseSession["Engine", "Host"]):
             ``"vector"``, channels last in vectors of 8, for half precision. By default
             torch has vectors where the precision has any, and TensorRT what is built
             unless asked otherwise, linear ones.
+        max_aux_streams
+            On GPUs, take the engines that TensorRT was let build with so many CUDA streams of
+            their own. By default those that are built unless asked otherwise: segments
+            without any, and the whole graph with as many as TensorRT likes.
 
         Raises
         ------
@@ -167,10 +172,14 @@ class Session(BaseSession["Engine", "Host"]):
                 record=record,
                 timeout_s=timeout_s,
                 boundary=boundary,
+                max_aux_streams=max_aux_streams,
             )
         if boundary is not None:
             problem = "is between engines on GPUs, and these are on the CPU"
             raise InputError(f"boundary {boundary!r}", problem, "Leave it out")
+        if max_aux_streams is not None:
+            problem = "are something that engines on the CPU do not have"
+            raise InputError("auxiliary streams", problem, "Leave them out")
         engine = "onnxruntime" if engine == "auto" else engine
         require_engine(engine)
         if plan == "auto" and engine != "onnxruntime":

@@ -1,4 +1,7 @@
-"""What the tests on a GPU share. They need torch with CUDA and cuda-bindings, nothing else."""
+"""What the tests on a GPU share.
+
+They need torch with CUDA and cuda-bindings. What else a module needs, it skips without.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +58,21 @@ def single_bundle(exported, tmp_path_factory):
 @pytest.fixture
 def image(request):
     return np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def memory_taken():
+    """Return how many bytes of GPU 0 further calls of a function take, after some of them."""
+
+    def measure(call, *, first: int = 20, then: int) -> int:
+        for _ in range(first):
+            call()
+        torch.cuda.synchronize()
+        before, _ = torch.cuda.mem_get_info(0)
+        for _ in range(then):
+            call()
+        torch.cuda.synchronize()
+        after, _ = torch.cuda.mem_get_info(0)
+        return before - after
+
+    return measure

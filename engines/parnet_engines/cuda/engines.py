@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from parnet_engines.cuda.boundary import require_boundary
@@ -42,8 +43,12 @@ class _Module(Protocol):
         device: int,
         *,
         boundary: Boundary | None = None,
+        **its_own: int,
     ) -> Mapping[str, CudaEngine]:
-        """Load the engines of segments, or of the whole graph, on one GPU."""
+        """Load the engines of segments, or of the whole graph, on one GPU.
+
+        Nobody gives a runtime options that are another one's.
+        """
 
 
 def load_engines(
@@ -52,6 +57,8 @@ def load_engines(
     driver: CudaDriver,
     engine: str = "auto",
     boundary: Boundary | None = None,
+    *,
+    max_aux_streams: int | None = None,
 ) -> tuple[dict[tuple[str, str], CudaEngine], str]:
     """Load an engine for each segment and lane that runs it, one for each segment and GPU.
 
@@ -67,6 +74,9 @@ def load_engines(
         A runtime of `CUDA_ENGINES`; ``"auto"``: the first of them that can be used here.
     boundary
         How tensors between engines lie in memory; None leaves it to the runtime.
+    max_aux_streams
+        Take TensorRT's engines that were built for so many auxiliary streams; None: those that
+        are built unless asked otherwise, or another runtime's.
 
     Returns
     -------
@@ -81,13 +91,19 @@ def load_engines(
         When there is no such runtime or boundary, or it cannot load a segment on a GPU.
     """
     require_boundary(boundary, bundle.manifest.precision, "boundary")
+    load = partial(_load, bundle, program, driver, boundary)
+    if max_aux_streams is not None:
+        if engine not in {"auto", "tensorrt"}:
+            problem = f"are something that engines of {engine} do not have"
+            raise InputError("auxiliary streams", problem, "Leave them out, or use tensorrt")
+        return load("tensorrt", max_aux_streams=max_aux_streams), "tensorrt"
     if engine != "auto":
         require_cuda_engine(engine)
-        return _load(bundle, program, driver, engine, boundary), engine
+        return load(engine), engine
     reasons = []
     for name in CUDA_ENGINES:
         try:
-            return _load(bundle, program, driver, name, boundary), name
+            return load(name), name
         except (InputError, MissingBackendError) as error:
             reasons.append(f"{name}: {error}")
     raise InputError(
@@ -106,8 +122,9 @@ def _load(
     bundle: Bundle,
     program: Program,
     driver: CudaDriver,
-    engine: str,
     boundary: Boundary | None,
+    engine: str,
+    **its_own: int,
 ) -> dict[tuple[str, str], CudaEngine]:
     places = {
         (step.segment, step.lane): ordinal_of(program.lanes_by_name[step.lane].device)
@@ -119,7 +136,7 @@ def _load(
     try:
         for device in dict.fromkeys(places.values()):
             names = dict.fromkeys(s for (s, _), where in places.items() if where == device)
-            found = module.load_engines(bundle, names, driver, device, boundary=boundary)
+            found = module.load_engines(bundle, names, driver, device, boundary=boundary, **its_own)
             loaded |= {(name, device): one for name, one in found.items()}
     except ParnetError:
         for one in loaded.values():

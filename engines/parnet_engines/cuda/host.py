@@ -26,6 +26,7 @@ from parnet_engines.cuda.parts import PartTimers
 from parnet_engines.cuda.resources import CudaResources
 from parnet_engines.schedule.program import Run
 from parnet_engines.segment_errors import SegmentFailedError, SegmentHungError
+from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -338,7 +339,7 @@ class CudaHost:
         try:
             with on_device(self._driver, self._lanes.ordinals[step.lane]):
                 enqueue = engine.bind(tensors[:count], tensors[count:])
-        except (CudaError, SegmentFailedError):
+        except (CudaError, InputError, SegmentFailedError):
             raise
         except Exception as error:
             raise SegmentFailedError(step.segment, error) from error

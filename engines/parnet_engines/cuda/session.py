@@ -96,6 +96,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         timeout_s: float | None = None,
         use_graphs: bool = True,
         boundary: Boundary | None = None,
+        max_aux_streams: int | None = None,
     ) -> Self:
         """Load a bundle on GPUs; see `Session.open`.
 
@@ -119,6 +120,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             driver=driver,
             engine=engine,
             boundary=boundary,
+            max_aux_streams=max_aux_streams,
             use_graphs=use_graphs,
         )
         program = choose_on_gpus(
@@ -142,6 +144,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         driver: CudaDriver,
         engine: str = "auto",
         boundary: Boundary | None = None,
+        max_aux_streams: int | None = None,
         use_graphs: bool = True,
         record: bool = False,
         timeout_s: float | None = None,
@@ -156,7 +159,9 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         MissingBackendError
             When the runtime is not installed.
         """
-        engines, name = load_engines(bundle, program.program, driver, engine, boundary)
+        engines, name = load_engines(
+            bundle, program.program, driver, engine, boundary, max_aux_streams=max_aux_streams
+        )
         return cls(
             program,
             engines,

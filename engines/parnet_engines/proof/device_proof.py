@@ -75,6 +75,7 @@ def prove_on_devices(
     random_samples: int = 8,
     seed: int = 0,
     boundary: Boundary | None = None,
+    max_aux_streams: int | None = None,
 ) -> DeviceProof:
     """Compare each segment, the split program and the whole engine with a float32 reference.
 
@@ -82,7 +83,7 @@ def prove_on_devices(
     ----------
     bundle
         The bundle.
-    devices, engine, lanes, boundary
+    devices, engine, lanes, boundary, max_aux_streams
         As for `Session.open`.
     random_samples, seed
         As for `make_samples`.
@@ -96,11 +97,19 @@ def prove_on_devices(
     samples = [sample.inputs for sample in made]
     references = reference_tensors(bundle, samples)
     with Session.open(
-        bundle, devices, plan="streams", engine=engine, lanes=lanes, boundary=boundary
+        bundle,
+        devices,
+        plan="streams",
+        engine=engine,
+        lanes=lanes,
+        boundary=boundary,
+        max_aux_streams=max_aux_streams,
     ) as session:
         split = [session.inspect(sample) for sample in samples]
         engines = _stored(session)
-    with Session.open(bundle, devices, plan="whole", engine=engine) as session:
+    with Session.open(
+        bundle, devices, plan="whole", engine=engine, max_aux_streams=max_aux_streams
+    ) as session:
         whole = [session.run(sample) for sample in samples]
         engines += _stored(session)
     return DeviceProof(compare(bundle, references, split, whole), len(samples), engines)

@@ -74,6 +74,7 @@ def verify_on(
     seed: int,
     save: Path | None,
     boundary: Boundary | None = None,
+    max_aux_streams: int | None = None,
 ) -> DeviceVerification:
     """Compare engines on devices with a float32 reference, and note the result beside them.
 
@@ -85,7 +86,7 @@ def verify_on(
         Random inputs besides the others, and their seed.
     save
         Where Polygraphy's files go; without it Polygraphy is not used.
-    boundary
+    boundary, max_aux_streams
         As for `Session.open`.
 
     Raises
@@ -96,7 +97,13 @@ def verify_on(
         When the engine's runtime, or Polygraphy, is not installed.
     """
     proof = prove_on_devices(
-        bundle, devices, engine=engine, random_samples=samples, seed=seed, boundary=boundary
+        bundle,
+        devices,
+        engine=engine,
+        random_samples=samples,
+        seed=seed,
+        boundary=boundary,
+        max_aux_streams=max_aux_streams,
     )
     recorded, problems = record_proof(bundle, proof)
     kept = None
@@ -107,7 +114,9 @@ def verify_on(
         sizes = {name: one for name, one in batch.items() if isinstance(name, str)}
         made = make_samples(bundle.stream_graph.inputs, seed=seed, sizes=sizes)
         feeds = [sample.inputs for sample in made]
-        with Session.open(bundle, devices, engine=engine, boundary=boundary) as session:
+        with Session.open(
+            bundle, devices, engine=engine, boundary=boundary, max_aux_streams=max_aux_streams
+        ) as session:
             results = [session.run(feed) for feed in feeds]
         name = f"{engine} on {devices}"
         limit = LIMITS[bundle.manifest.precision].relative_error

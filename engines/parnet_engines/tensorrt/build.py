@@ -180,7 +180,7 @@ class _Build:
         self._module = trt.module
         self._request = request
         self._log = log
-        self._builder = trt.module.Builder(logger_of(trt.module))
+        self._builder = trt.builder(log)
         self._timings: Any = None
 
     def run(self, progress: BuildProgress | None, cancelled: threading.Event | None) -> BuiltEngine:
@@ -189,9 +189,12 @@ class _Build:
         config = self._configure(network)
         if progress is not None or cancelled is not None:
             config.progress_monitor = _monitor(self._module, progress, cancelled)
-        plan = self._builder.build_serialized_network(network, config)
-        if cancelled is not None and cancelled.is_set():
-            raise BuildCancelledError(f"{self._subject}: the build was cancelled.")
+        is_restricted = self._trt.forbid_memory_at_run_time(config)
+        plan = self._serialize(network, config, cancelled)
+        if plan is None and is_restricted:
+            # If that was the reason, it runs all the same, and no CUDA graph will capture it.
+            self._trt.allow_memory_at_run_time(config)
+            plan = self._serialize(network, config, cancelled)
         if plan is None:
             raise self._refusal(f"cannot be built by {self._trt.label} ({self._log.reason})")
         del parser  # it owns what the network refers to
@@ -200,6 +203,12 @@ class _Build:
         build_s = time.perf_counter() - start_s
         audit = self._audit(content)
         return BuiltEngine(content, self._tensors(), build_s, audit, self._log.text)
+
+    def _serialize(self, network: Any, config: Any, cancelled: threading.Event | None) -> Any:
+        plan = self._builder.build_serialized_network(network, config)
+        if cancelled is not None and cancelled.is_set():
+            raise BuildCancelledError(f"{self._subject}: the build was cancelled.")
+        return plan
 
     @property
     def _subject(self) -> str:
@@ -329,11 +338,19 @@ class _Build:
     def _audit(self, plan: bytes) -> Audit | None:
         if self._request.device is None:
             return None
-        runtime = self._module.Runtime(logger_of(self._module))
+        runtime = self._trt.runtime(self._log)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return None
         inspector = engine.create_engine_inspector()
+        dynamic = [spec for spec in self._request.segment.inputs if spec.is_dynamic]
+        if dynamic:
+            # Without sizes, TensorRT 10 tells no tensor's type.
+            context = engine.create_execution_context()
+            if context is not None:
+                for spec in dynamic:
+                    context.set_input_shape(spec.name, self._sized(spec, "optimal")[0])
+                inspector.execution_context = context
         text = inspector.get_engine_information(self._module.LayerInformationFormat.JSON)
         is_half = self._request.precision == "fp16"
         return audit_layers(

@@ -69,6 +69,8 @@ def audit_layers(text: str, full_precision_nodes: AbstractSet[str] | None) -> Au
         if not types:
             continue
         found = "fp32" if "fp32" in types else types[0]
+        if found == "unknown":
+            found = _type_of_weights(layer)
         counts[found] += 1
         if (
             found == "fp32"
@@ -105,6 +107,12 @@ def _type_of(tensor: Any) -> str:
         if match:
             return str(match.lastgroup)
     return "unknown"
+
+
+def _type_of_weights(layer: dict[str, Any]) -> str:
+    """Return the type of a layer's weights: all that TensorRT 10 tells where shapes are dynamic."""
+    weights = layer.get("Weights")
+    return _type_of({"DataType": weights.get("Type")}) if isinstance(weights, dict) else "unknown"
 
 
 def _onnx_nodes(layer: dict[str, Any]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from parnet_engines.tensorrt.engine_cache import (
     ENGINES_FOLDER,
@@ -12,18 +12,42 @@ from parnet_engines.tensorrt.engine_cache import (
     this_platform,
 )
 from parnet_engines.tensorrt.engine_sidecar import describe_gpu, misfit, read_sidecar
-from parnet_engines.tensorrt.module import LABELS
+from parnet_engines.tensorrt.module import LABELS, choose_backend, installed_backends
 from parnet_engines.tensorrt.options import target_of
 from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from parnet_engines.cuda.driver import Gpu
     from parnet_engines.tensorrt.engine_sidecar import Sidecar
-    from parnet_engines.tensorrt.module import TensorRt
+    from parnet_engines.tensorrt.module import Backend, TensorRt
     from parnet_engines.tensorrt.options import EngineOptions
     from parnet_export.bundle import Bundle
+
+
+def backend_of(bundle: Bundle, wanted: Backend | Literal["auto"]) -> Backend:
+    """Return the backend whose engines of a bundle are to run.
+
+    Parameters
+    ----------
+    bundle
+        The bundle.
+    wanted
+        A backend stays what it is. ``"auto"`` is the first installed one that the bundle has
+        engines of, TensorRT before TensorRT-RTX; without any, as for building.
+
+    Raises
+    ------
+    MissingBackendError
+        When it is not installed; for ``"auto"``, when none is.
+    """
+    chosen = choose_backend(wanted)
+    if wanted != "auto" or _has_engines(bundle, chosen):
+        return chosen
+    others = (backend for backend in installed_backends() if _has_engines(bundle, backend))
+    return next(others, chosen)
 
 
 def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: EngineOptions) -> Path:
@@ -51,25 +75,37 @@ def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: Eng
     backend = trt.backend
     exact = target_of(backend, gpu).folder
     found = sorted(
-        bundle.path.glob(f"{ENGINES_FOLDER}/{backend}-*/{sidecar_name(name, options)}"),
+        _sidecars(bundle, backend, sidecar_name(name, options)),
         key=lambda path: (path.parent.name != exact, path),
     )
-    reasons = []
+    reasons, rebuilt_with = [], []
     for path in found:
         sidecar = read_sidecar(path)
-        if sidecar.recipe.target.backend != backend:
-            continue
         reason = _changed(bundle, name, sidecar) or misfit(
             sidecar, version=trt.version, platform=this_platform(), gpu=gpu
         )
         if not reason:
             return path
         reasons.append((path, f"the engine was {sidecar.built_for}, and {reason}"))
-    command = build_command(bundle.path, name, backend, gpu.ordinal, options)
+        rebuilt_with.append(sidecar.recipe.options)
     if reasons:
+        command = build_command(bundle.path, name, backend, gpu.ordinal, rebuilt_with[0])
         raise InputError(*reasons[0], f"Build it again: {command}")
+    command = build_command(bundle.path, name, backend, gpu.ordinal, options)
     problem = f"holds no {LABELS[backend]} engine of {name!r} for {describe_gpu(gpu)}"
     raise InputError(bundle.path, problem, f"Build it: {command}")
+
+
+def _has_engines(bundle: Bundle, backend: Backend) -> bool:
+    return next(_sidecars(bundle, backend, "*.json"), None) is not None
+
+
+def _sidecars(bundle: Bundle, backend: Backend, name: str) -> Iterator[Path]:
+    """Yield the sidecars of a backend's engines by name, for whatever GPUs."""
+    # "tensorrt-*" alone would match folders of TensorRT-RTX, too.
+    architectures = ("sm*", "any")
+    for architecture in architectures:
+        yield from bundle.path.glob(f"{ENGINES_FOLDER}/{backend}-{architecture}/{name}")
 
 
 def _changed(bundle: Bundle, name: str, sidecar: Sidecar) -> str:

@@ -324,8 +324,13 @@ def describe_gpu(gpu: Gpu) -> str:
 
 def _runs_later(recipe: Recipe, version: str) -> bool:
     """Tell whether a version-compatible engine runs on the same or a later version."""
-    built, installed = (tuple(map(int, v.split(".")[:3])) for v in (recipe.version, version))
+    built, installed = (_release(text) for text in (recipe.version, version))
     return recipe.options.version_compatible and built <= installed
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version without its build, which may be that of a preview."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def _suits(target: Target, gpu: Gpu) -> bool:

@@ -44,6 +44,7 @@ class _Recorders:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._active: list[tuple[int, LogRecording]] = []
+        self._stray: dict[int, str] = {}
 
     def add(self, recording: LogRecording) -> None:
         with self._lock:
@@ -64,6 +65,12 @@ class _Recorders:
                 recording.lines.append(f"{severity} {text}")
                 if is_error:
                     recording.errors.append(text)
+            if is_error and not own:
+                self._stray[threading.get_ident()] = text
+
+    def take_stray_error(self) -> str:
+        with self._lock:
+            return self._stray.pop(threading.get_ident(), "")
 
 
 _recorders = _Recorders()
@@ -83,6 +90,14 @@ def logger_of(module: Any) -> Any:
                 _recorders.write(severity.name, message, is_error=is_error)
 
     return Logger()
+
+
+def take_error() -> str:
+    """Return the last error that this thread has caused outside all recordings, and forget it.
+
+    For what runs too often to be recorded: enqueuing engines.
+    """
+    return " ".join(_recorders.take_stray_error().split()).rstrip(".")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ All that differs between them stands here; everywhere else they are the same:
   which compute capabilities to build for.
 - ``tensorrt_rtx`` has neither timing caches nor engines for other versions of itself. It
   compiles kernels when an engine first runs, and has a runtime cache for them.
+- Engines of ``tensorrt_rtx`` may allocate memory while they run, unless they were built not to.
 - The memory that a context takes has another name before version 10.1.
 """
 
@@ -18,10 +19,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
+from parnet_engines.tensorrt.log import logger_of
 from parnet_export.errors import InputError, MissingBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from parnet_engines.tensorrt.log import LogRecording
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -33,6 +37,9 @@ RTX_OLDEST_CAPABILITY = (8, 0)
 
 LABELS: dict[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 """How people call the backends."""
+
+_STATIC_MEMORY = "REQUIRE_USER_ALLOCATION"
+"""The builder flag of engines that allocate nothing while they run."""
 
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS: dict[Backend, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
@@ -65,6 +72,21 @@ class TensorRt:
         """Name and version, for people."""
         return f"{LABELS[self.backend]} {self.version}"
 
+    def builder(self, log: LogRecording) -> Any:
+        """Return a new builder; raises `InputError` where TensorRT does not start."""
+        return self._start("Builder", log)
+
+    def runtime(self, log: LogRecording) -> Any:
+        """Return a new runtime; raises `InputError` where TensorRT does not start."""
+        return self._start("Runtime", log)
+
+    def _start(self, kind: str, log: LogRecording) -> Any:
+        try:
+            return getattr(self.module, kind)(logger_of(self.module))
+        except TypeError as error:  # of its bindings: TensorRT has returned no object
+            remedy = "Upgrade the NVIDIA driver, or install a TensorRT for its version of CUDA"
+            raise InputError(self.label, f"does not start here ({log.reason})", remedy) from error
+
     def network_flags(self) -> int:
         """Return the flags of a network whose tensors have the types that the graph gives them."""
         flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -94,6 +116,25 @@ class TensorRt:
                 remedy = "Choose one of these, or use --backend tensorrt on a machine with that GPU"
                 raise InputError(f"compute capability {capability}", problem, remedy)
 
+    def forbid_memory_at_run_time(self, config: Any) -> bool:
+        """Have engines work in what a context allocates at first, so that graphs can capture them.
+
+        Returns
+        -------
+        bool
+            Whether there was anything to forbid. TensorRT-RTX then refuses networks that cannot
+            do without: those with sizes that depend on data, or very large ones.
+        """
+        flag = getattr(self.module.BuilderFlag, _STATIC_MEMORY, None)  # TensorRT-RTX since 1.2
+        if flag is None:
+            return False
+        config.set_flag(flag)
+        return True
+
+    def allow_memory_at_run_time(self, config: Any) -> None:
+        """Undo `forbid_memory_at_run_time`."""
+        config.clear_flag(getattr(self.module.BuilderFlag, _STATIC_MEMORY))
+
     def context_memory_bytes(self, engine: Any) -> int:
         """Return the GPU memory that each execution context of an engine takes."""
         if hasattr(engine, "device_memory_size_v2"):
@@ -104,14 +145,28 @@ class TensorRt:
         """Return how contexts of an engine are to run; None where that cannot be configured.
 
         Whole programs are captured into CUDA graphs here, so that TensorRT-RTX must make
-        none of its own.
+        none of its own. By default it first runs a sizes-agnostic kernel for dynamic shapes
+        while it compiles a better one in the background, and a graph that was captured
+        meanwhile would keep the slow one for good: it has to wait for the better one.
         """
         if self.backend == "tensorrt":
             return None
         config = engine.create_runtime_config()
         if hasattr(config, "cuda_graph_strategy"):  # since 1.3
             config.cuda_graph_strategy = self.module.CudaGraphStrategy.DISABLED
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            strategies = self.module.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return config
+
+
+def installed_backends() -> tuple[Backend, ...]:
+    """Return the backends that are installed, TensorRT first. Nothing is imported."""
+    return tuple(
+        backend
+        for backend, module in _MODULES.items()
+        if importlib.util.find_spec(module) is not None
+    )
 
 
 def choose_backend(wanted: Backend | Literal["auto"], *, other_gpus: bool = False) -> Backend:
@@ -136,8 +191,9 @@ def choose_backend(wanted: Backend | Literal["auto"], *, other_gpus: bool = Fals
         choices = (wanted,)
     elif other_gpus:
         choices = ("tensorrt-rtx",)
+    installed = installed_backends()
     for backend in choices:
-        if importlib.util.find_spec(_MODULES[backend]) is not None:
+        if backend in installed:
             return backend
     last = choices[-1]
     raise MissingBackendError(_MODULES[last], "Building TensorRT engines", _install(last))
@@ -174,6 +230,9 @@ def import_tensorrt(backend: Backend) -> TensorRt:
     if backend == "tensorrt" and int(version.partition(".")[0]) < OLDEST_MAJOR:
         remedy = f"Upgrade it: {_install(backend)}"
         raise InputError(f"tensorrt {version}", f"is older than {OLDEST_MAJOR}", remedy)
+    if hasattr(module, "init_libnvinfer_plugins"):
+        # Some operators are plugins, and the parser finds only those that are registered.
+        module.init_libnvinfer_plugins(logger_of(module), "")
     return TensorRt(backend, module, version)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, Any
 
-from parnet_engines.cuda.driver import on_device
+from parnet_engines.cuda.driver import CudaError, on_device
 from parnet_engines.cuda.engine import CudaSegmentEngine, EngineFile
 from parnet_engines.tensorrt.build import FORMATS
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import build_command, require_plan
-from parnet_engines.tensorrt.engine_finder import find_engine
+from parnet_engines.tensorrt.engine_finder import backend_of, find_engine
 from parnet_engines.tensorrt.engine_sidecar import read_sidecar
-from parnet_engines.tensorrt.log import logger_of, recording
-from parnet_engines.tensorrt.module import choose_backend, import_tensorrt
+from parnet_engines.tensorrt.log import recording, take_error
+from parnet_engines.tensorrt.module import import_tensorrt
 from parnet_engines.tensorrt.options import EngineOptions
 from parnet_export import files
 from parnet_export.errors import InputError
@@ -75,7 +76,7 @@ class TensorRtEngine(CudaSegmentEngine):
         self._trt = trt
         self._driver = driver
         self._path = path
-        self._bindings: list[_Binding] = []
+        self._contexts: set[_Context] = set()  # those in use
         self._runtime: Any = None
         self._engine: Any = None
         self._config: Any = None
@@ -138,11 +139,14 @@ class TensorRtEngine(CudaSegmentEngine):
         for spec, tensor in zip((*self.inputs, *self.outputs), (*inputs, *outputs), strict=True):
             self._require_same(spec, tensor)
         with self._on_device() as log:
-            binding = _Binding(self.name, self._context(engine, log))
-            self._bindings.append(binding)
-            self._set_shapes(binding.context, inputs, outputs, log)
+            context = _Context(self._new_context(engine, log))
+            self._contexts.add(context)
+            binding = _Binding(self.name, context)
+            # Sessions bind anew for each size of a batch, and drop what they no longer need.
+            weakref.finalize(binding, self._release, context).atexit = False
+            self._set_shapes(context.native, inputs, outputs, log)
             for tensor in (*inputs, *outputs):
-                if not binding.context.set_tensor_address(tensor.name, tensor.pointer):
+                if not context.native.set_tensor_address(tensor.name, tensor.pointer):
                     raise self._refusal(f"the address of tensor {tensor.name!r}", log)
         return binding
 
@@ -152,9 +156,9 @@ class TensorRtEngine(CudaSegmentEngine):
             return
         with self._on_device():
             self._save_kernels()
-            for binding in self._bindings:
-                binding.context = None
-            self._bindings.clear()
+            for context in self._contexts:
+                context.native = None
+            self._contexts.clear()
             # Contexts, engine and runtime must go in this order.
             self._kernels = self._config = None
             self._engine = None
@@ -168,7 +172,7 @@ class TensorRtEngine(CudaSegmentEngine):
             yield log
 
     def _load(self, plan: bytes, log: LogRecording) -> None:
-        runtime = self._trt.module.Runtime(logger_of(self._trt.module))
+        runtime = self._trt.runtime(log)
         if self._sidecar.recipe.options.version_compatible:
             runtime.engine_host_code_allowed = True  # such a plan brings its own runtime along
         engine = runtime.deserialize_cuda_engine(plan)
@@ -194,8 +198,8 @@ class TensorRtEngine(CudaSegmentEngine):
         )
         return f"Build it again: {command}"
 
-    def _context(self, engine: Any, log: LogRecording) -> Any:
-        """Return a new execution context, with memory of its own."""
+    def _new_context(self, engine: Any, log: LogRecording) -> Any:
+        """Return a new execution context of TensorRT, with memory of its own."""
         if self._config is None:
             self._config = self._trt.runtime_config(engine)
             self._load_kernels()
@@ -206,7 +210,16 @@ class TensorRtEngine(CudaSegmentEngine):
         )
         if context is None:
             raise self._refusal("another execution context", log)
+        # Engines are built to tell everything to the audit; enqueuing need not pay for that.
+        context.nvtx_verbosity = self._trt.module.ProfilingVerbosity.LAYER_NAMES_ONLY
         return context
+
+    def _release(self, context: _Context) -> None:
+        """Give back the memory of a context that nothing can enqueue any more."""
+        if context in self._contexts:  # or the engine is closed
+            self._contexts.discard(context)
+            with contextlib.suppress(CudaError), self._on_device():
+                context.native = None
 
     def _set_shapes(
         self,
@@ -266,22 +279,35 @@ class TensorRtEngine(CudaSegmentEngine):
                 files.write_bytes(self._path.with_suffix(_CACHE_SUFFIX), bytes(content))
 
 
+class _Context:
+    """An execution context of TensorRT, which the engine can take away from its binding."""
+
+    __slots__ = ("native",)
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+
+
 class _Binding:
     """One execution context of an engine, ready to be enqueued."""
 
-    __slots__ = ("context", "name")
+    __slots__ = ("__weakref__", "context", "name")
 
-    def __init__(self, name: str, context: Any) -> None:
+    def __init__(self, name: str, context: _Context) -> None:
         self.name = name
         self.context = context
 
     def __call__(self, stream: int) -> None:
         if stream in _DEFAULT_STREAMS:
             raise ValueError(f"engine {self.name!r} runs on no default CUDA stream")
-        if self.context is None:
+        native = self.context.native
+        if native is None:
             raise ValueError(f"engine {self.name!r} is closed")
-        if not self.context.execute_async_v3(stream):
-            raise EnqueueRefusedError(f"TensorRT refused to enqueue engine {self.name!r}")
+        if not native.execute_async_v3(stream):
+            reason = take_error() or "no reason given"
+            raise EnqueueRefusedError(
+                f"TensorRT refused to enqueue engine {self.name!r} ({reason})"
+            )
 
 
 def load_engines(
@@ -304,7 +330,9 @@ def load_engines(
         Segments, or the whole graph by the name `WHOLE`.
     driver, device
         The GPU, and its driver.
-    backend, max_aux_streams
+    backend
+        Whose engines; ``"auto"``: of what is installed, the first that the bundle has any of.
+    max_aux_streams
         Which engines; see `EngineOptions`.
     boundary
         Which ones, too; None: those that are built unless asked otherwise, ``"linear"``.
@@ -316,7 +344,7 @@ def load_engines(
     MissingBackendError
         When the backend is not installed.
     """
-    chosen = choose_backend(backend)
+    chosen = backend_of(bundle, backend)
     gpu = driver.gpus()[device]
     trt = import_tensorrt(chosen)
     options = EngineOptions(boundary=boundary or "linear", max_aux_streams=max_aux_streams)

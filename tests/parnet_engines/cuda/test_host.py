@@ -524,6 +524,18 @@ def test_an_engine_that_fails_is_named_and_everything_released():
     assert driver.open_resources == {}
 
 
+class Choosy(HostedEngine):
+    def bind(self, _inputs, _outputs):
+        raise InputError(f"engine {self.name!r}", "refuses the shape", "Build for other --shapes")
+
+
+def test_what_a_user_can_change_about_an_engine_is_told_as_it_is():
+    driver = RecordingDriver()
+    with pytest.raises(InputError, match=r"^engine '\w+': refuses the shape\. Build for other"):
+        make_host(driver, "three lanes", Choosy)
+    assert driver.open_resources == {}
+
+
 # The caller's own memory and streams.
 
 

@@ -25,6 +25,8 @@ from parnet_engines.proof.device_verification import table, verify_on
 from parnet_engines.runtimes import ort_cuda
 from parnet_engines.runtimes.torch_engine import TorchEngine
 from parnet_engines.session import Session
+from parnet_engines.tensorrt import engine_finder
+from parnet_engines.tensorrt import module as tensorrt_module
 from parnet_engines.tensorrt import run as tensorrt_run
 from parnet_engines.tensorrt.build import FORMATS
 from parnet_engines.tensorrt.bundle_engines import segment_of
@@ -58,6 +60,7 @@ class ComputingTensorRt:
     """
 
     ILogger = SimpleNamespace(VERBOSE=0, INFO=1, ERROR=2, INTERNAL_ERROR=3)
+    ProfilingVerbosity = SimpleNamespace(LAYER_NAMES_ONLY=1)
 
     def __init__(self, bundle, driver):
         self.spoil = {}
@@ -129,10 +132,10 @@ def bundle(make_two_streams, tmp_path):
     return make_two_streams(tmp_path)
 
 
-def install(bundle, driver, names=(*SEGMENTS, WHOLE), boundary="linear"):
+def install(bundle, driver, names=(*SEGMENTS, WHOLE), boundary="linear", aux=None):
     """Store engines as a build does; return their sidecars."""
     found = {}
-    options = EngineOptions(boundary=boundary)
+    options = EngineOptions(boundary=boundary, max_aux_streams=aux)
     for name in names:
         target = target_of("tensorrt", driver.gpus()[0])
         recipe = recipe_of(bundle, name, target, options, VERSION)
@@ -160,11 +163,11 @@ def driver(monkeypatch):
 @pytest.fixture
 def module(bundle, driver, monkeypatch):
     found = ComputingTensorRt(bundle, driver)
-    monkeypatch.setattr(tensorrt_run, "choose_backend", lambda _: "tensorrt")
+    monkeypatch.setattr(engine_finder, "choose_backend", lambda _: "tensorrt")
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda backend: TensorRt(backend, found, VERSION)
     )
-    monkeypatch.setattr(tensorrt_run, "logger_of", lambda _: None)
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
     return found
 
 
@@ -174,6 +177,16 @@ def sidecars(bundle, driver, module):
 
 
 verify = partial(verify_on, devices="0", engine="tensorrt", samples=1, seed=0, save=None)
+
+
+def run_verify(bundle, *arguments):
+    console.stdout.cache_clear()
+    console.stderr.cache_clear()
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    cli.register(app)
+    options = ["--samples", "1", *map(str, arguments)]
+    return console.run(app, ["verify", str(bundle.path), *options])
 
 
 def verified(sidecars):
@@ -248,17 +261,68 @@ def test_a_bundle_that_nobody_may_write_is_verified_all_the_same(bundle, sidecar
 
 
 def test_the_command_tells_which_sidecars_it_has_written(bundle, sidecars, capsys):
-    console.stdout.cache_clear()
-    console.stderr.cache_clear()
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    cli.register(app)
-    arguments = ["--devices", "0", "--engine", "tensorrt", "--samples", "1", "--json"]
-    console.run(app, ["verify", str(bundle.path), *arguments])
+    run_verify(bundle, "--devices", 0, "--engine", "tensorrt", "--json")
     noted = json.loads(capsys.readouterr().out)["devices"]
     assert noted["passed"]
     assert {Path(path) for path in noted["recorded"]} == set(sidecars.values())
     assert all(verified(sidecars).values())
+
+
+# ------------------------------------------------------------------------ auxiliary streams
+
+
+def test_engines_with_auxiliary_streams_are_verified_by_their_number(
+    bundle, sidecars, driver, capsys
+):
+    with_streams = install(bundle, driver, aux=2)
+    assert set(with_streams.values()).isdisjoint(sidecars.values())
+    run_verify(bundle, "--devices", 0, "--max-aux-streams", 2, "--json")
+    noted = json.loads(capsys.readouterr().out)["devices"]
+    assert noted["passed"]
+    assert set(map(Path, noted["recorded"])) == set(with_streams.values())
+    assert all(verified(with_streams).values())
+    assert not any(verified(sidecars).values())
+    # The others are still those that count without a word.
+    run_verify(bundle, "--devices", 0, "--engine", "tensorrt")
+    assert all(verified(sidecars).values())
+
+
+def test_saved_results_are_those_of_the_engines_that_were_asked_for(
+    bundle, sidecars, driver, module, tmp_path
+):
+    pytest.importorskip("polygraphy")
+    install(bundle, driver, aux=2)
+    with_streams = install(bundle, driver, ["stem"], aux=2)
+    damaged = read_sidecar(sidecars["stem"]).plan
+    sidecars["stem"].with_name(damaged).write_bytes(b"never to be loaded")
+    found = verify(bundle, max_aux_streams=2, save=tmp_path / "saved")
+    assert found.polygraphy.passed
+    assert str(with_streams["stem"]) in found.recorded
+
+
+def test_engines_that_were_not_built_with_auxiliary_streams_name_the_command(
+    bundle, sidecars, capsys
+):
+    assert run_verify(bundle, "--devices", 0, "--max-aux-streams", 3) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds no TensorRT engine of 'stem'" in said
+    assert f"parnet-export build {bundle.path} --backend tensorrt" in said
+    assert "--max-aux-streams 3" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--max-aux-streams", 2], "is for engines on devices, and none are named"),
+        (["--devices", "cpu", "--max-aux-streams", 2], "engines on the CPU do not have"),
+        (["--devices", 0, "--engine", "torch", "--max-aux-streams", 0], "engines of torch do not"),
+    ],
+)
+def test_auxiliary_streams_where_there_are_none_are_refused(
+    bundle, sidecars, capsys, arguments, problem
+):
+    assert run_verify(bundle, *arguments) == 2
+    assert problem in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------- boundaries
@@ -269,11 +333,11 @@ def half(make_two_streams, tmp_path, driver, monkeypatch):
     """A bundle in half precision, with engines for both boundaries."""
     made = make_two_streams(tmp_path / "half", precision="fp16")
     found = ComputingTensorRt(made, driver)
-    monkeypatch.setattr(tensorrt_run, "choose_backend", lambda _: "tensorrt")
+    monkeypatch.setattr(engine_finder, "choose_backend", lambda _: "tensorrt")
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda backend: TensorRt(backend, found, VERSION)
     )
-    monkeypatch.setattr(tensorrt_run, "logger_of", lambda _: None)
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
     install(made, driver)
     return made, found, install(made, driver, SEGMENTS, "vector")
 

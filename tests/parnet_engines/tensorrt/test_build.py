@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -68,6 +68,7 @@ class FakeTensorRt:
 
     def __init__(self, segment, *, major=10, plan=b"plan", timings=True, layers=None):
         self.calls = calls = []
+        self.refusals = refusals = []
         flags = {"STRONGLY_TYPED": 3} if major == 10 else {}
         self.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
         self.BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
@@ -114,6 +115,10 @@ class FakeTensorRt:
 
             def build_serialized_network(self, *_):
                 calls.append(("build_serialized_network",))
+                for flag, message in refusals:
+                    if calls.count(("set_flag", flag)) > calls.count(("clear_flag", flag)):
+                        self.logger.log(ILogger.ERROR, message)
+                        return None
                 if plan is None:
                     self.logger.log(ILogger.ERROR, "Error Code 10: no implementation for node X.")
                     self.logger.log(ILogger.ERROR, "a later error")
@@ -125,7 +130,20 @@ class FakeTensorRt:
 
             def deserialize_cuda_engine(self, _):
                 inspector = SimpleNamespace(get_engine_information=lambda _: layers)
-                return layers and SimpleNamespace(create_engine_inspector=lambda: inspector)
+                context = Attributes(calls, set_input_shape=True)
+
+                def contextual(name):
+                    assert name == "JSON"
+                    if getattr(inspector, "execution_context", None) is not context:
+                        return layers.replace("Float", "N/A due to dynamic shapes")
+                    return layers
+
+                if segment.inputs[0].is_dynamic:
+                    inspector.get_engine_information = contextual
+                return layers and SimpleNamespace(
+                    create_engine_inspector=lambda: inspector,
+                    create_execution_context=lambda: context,
+                )
 
         self.ILogger, self.IProgressMonitor = ILogger, IProgressMonitor
         self.Builder, self.Runtime = Builder, Runtime
@@ -264,6 +282,50 @@ def test_a_gpu_of_the_target_audits_the_engine(make_two_streams, tmp_path, layer
     assert driver.open_resources == {}
 
 
+def test_an_engine_of_a_dynamic_batch_is_audited_at_the_size_it_is_tuned_for(
+    make_two_streams, tmp_path
+):
+    bundle = make_two_streams(tmp_path, precision="fp16", batch="batch")
+    driver = RecordingDriver(1)
+    options = EngineOptions(max_aux_streams=0, sizes={"batch": SizeRange(1, 2, 4)})
+    device = BuildDevice(driver, driver.gpus()[0])
+    request = request_for(bundle, "stem", tmp_path, device=device, options=options)
+    layers = {"Layers": [{"Name": "stem/conv", "Outputs": [{"Format/Datatype": "Float"}]}]}
+    module = FakeTensorRt(request.segment, layers=json.dumps(layers))
+    built = build_engine(TensorRt("tensorrt", module, "10.0.0"), request)
+    assert module.calls[-1] == ("set_input_shape", "image", (2, 3, 64, 64))
+    assert built.audit == Audit({"fp32": 1}, ("stem/conv",))
+
+
+# --------------------------------------------------------- memory that graphs can capture
+
+
+@pytest.mark.parametrize("needs_memory", [False, True])
+def test_engines_allocate_nothing_while_they_run_unless_they_must(bundle, tmp_path, needs_memory):
+    request = request_for(bundle, "stem", tmp_path, target=Target("tensorrt-rtx"))
+    module = FakeTensorRt(request.segment)
+    module.BuilderFlag.REQUIRE_USER_ALLOCATION = "STATIC"
+    if needs_memory:
+        refusal = "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with networks that"
+        module.refusals.append(("STATIC", refusal))
+    built = build_engine(TensorRt("tensorrt-rtx", module, "1.7.0"), request)
+    assert built.plan == b"plan"
+    build = ("build_serialized_network",)
+    again = [("clear_flag", "STATIC"), build] if needs_memory else []
+    assert module.calls[-2 - len(again) :] == [("set_flag", "STATIC"), build, *again]
+
+
+@needs_rtx
+def test_tensorrt_rtx_has_the_flag_and_the_strategies_that_capturing_needs():
+    import tensorrt_rtx
+
+    assert hasattr(tensorrt_rtx.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+    assert hasattr(tensorrt_rtx.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    config = tensorrt_rtx.IRuntimeConfig
+    assert hasattr(config, "dynamic_shapes_kernel_specialization_strategy")
+    assert hasattr(config, "cuda_graph_strategy")
+
+
 # ------------------------------------------------------------------- the real TensorRT-RTX
 
 
@@ -380,6 +442,37 @@ def test_versions_before_10_are_too_old(monkeypatch, version, fits):
     else:
         with pytest.raises(InputError, match=r"tensorrt 8\.6\.1: is older than 10"):
             import_tensorrt("tensorrt")
+
+
+def test_plugins_are_registered_before_anything_is_parsed(monkeypatch):
+    registered = []
+
+    class Module(ModuleType):
+        __version__ = "10.9.0.34"
+
+        class ILogger:
+            pass
+
+        @staticmethod
+        def init_libnvinfer_plugins(logger, namespace):
+            registered.append((isinstance(logger, Module.ILogger), namespace))
+            return True
+
+    monkeypatch.setattr(tensorrt_module, "_DISTRIBUTIONS", {"tensorrt": ()})
+    monkeypatch.setitem(sys.modules, "tensorrt", Module("tensorrt"))
+    import_tensorrt("tensorrt")
+    assert registered == [(True, "")]
+
+
+@needs_rtx
+def test_a_tensorrt_that_has_no_builder_here_is_a_sentence(bundle, tmp_path, monkeypatch):
+    trt = import_tensorrt("tensorrt-rtx")
+    without = SimpleNamespace(
+        Builder=lambda _: trt.module.Builder(None), ILogger=trt.module.ILogger
+    )
+    monkeypatch.setattr(tensorrt_module, "logger_of", lambda _: None)
+    with pytest.raises(InputError, match=r"TensorRT 10\.9: does not start here"):
+        build_engine(TensorRt("tensorrt", without, "10.9"), request_for(bundle, "stem", tmp_path))
 
 
 def test_gpus_of_one_kind_share_their_engines(monkeypatch):

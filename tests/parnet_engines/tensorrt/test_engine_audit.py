@@ -149,3 +149,21 @@ def test_the_graph_tells_what_is_meant_to_be_float32(make_two_streams, tmp_path)
     names = full_precision_nodes(half.segment_path("head"))
     assert "head/pool" in names
     assert "head/add" not in names
+
+
+def test_where_shapes_are_dynamic_the_weights_tell_the_type():
+    """TensorRT 10 then says of every tensor that its format is not available."""
+    hidden = [{"Name": "y", "Format/Datatype": "N/A due to dynamic shapes"}]
+
+    def conv(name, kind):
+        weights = {"Type": kind, "Count": 9408}
+        return {"Name": name, "LayerType": "CaskConvolution", "Outputs": hidden, "Weights": weights}
+
+    layers = [
+        conv("a", "Half"),
+        conv("b", "Float"),
+        {"Name": "r", "LayerType": "Reformat", "Outputs": hidden},
+    ]
+    audit = audit_layers(json.dumps({"Layers": layers}), frozenset())
+    assert audit.layers == {"fp16": 1, "fp32": 1, "unknown": 1}
+    assert audit.unexpected_fp32 == ("b",)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from parnet_engines.cuda.engine import CudaEngine, DeviceTensor
 from parnet_engines.cuda.recording_driver import RecordingDriver
 from parnet_engines.cuda.tensor_layout import TensorLayout
 from parnet_engines.planning.cost_table import WHOLE
-from parnet_engines.tensorrt import engine_cache
+from parnet_engines.tensorrt import engine_cache, engine_finder
 from parnet_engines.tensorrt import run as tensorrt_run
 from parnet_engines.tensorrt.engine_cache import recipe_of, sidecar_path, store
 from parnet_engines.tensorrt.engine_sidecar import (
@@ -26,6 +27,7 @@ from parnet_engines.tensorrt.engine_sidecar import (
     Sidecar,
     read_sidecar,
 )
+from parnet_engines.tensorrt.log import logger_of, recording, take_error
 from parnet_engines.tensorrt.module import TensorRt
 from parnet_engines.tensorrt.options import EngineOptions, SizeRange, Target, target_of
 from parnet_engines.tensorrt.run import EnqueueRefusedError, TensorRtEngine, load_engines
@@ -50,6 +52,7 @@ class FakeTensorRt:
     def __init__(self, driver, *, rtx=False, oldest=False, layouts=None, answers=None):
         self.calls = []
         self.contexts = []
+        self.released_on = []
         self.driver = driver
         self.layouts = layouts or {}
         self.answers = answers or {}
@@ -68,7 +71,11 @@ class FakeTensorRt:
 
         class Context:
             def __init__(self):
+                self.nvtx_verbosity = "DETAILED"  # as the engine was built
                 module.contexts.append(weakref.ref(self))
+
+            def __del__(self):
+                module.released_on.append(module.driver.current())
 
             def set_input_shape(self, name, shape):
                 return note("set_input_shape", name, shape, default=True)
@@ -80,7 +87,11 @@ class FakeTensorRt:
                 return note("set_tensor_address", name, address, default=True)
 
             def execute_async_v3(self, stream_handle):
-                return note("execute_async_v3", stream_handle, default=True)
+                assert self.nvtx_verbosity.name == "LAYER_NAMES_ONLY"  # or it takes longer
+                answer = note("execute_async_v3", stream_handle, default=True)
+                if not answer:
+                    logger_of(module).log(ILogger.ERROR, "Error Code 3: not stream\ncapturable.")
+                return answer
 
         class Cache:
             def deserialize(self, blob):
@@ -92,6 +103,7 @@ class FakeTensorRt:
         class Config:
             def __init__(self):
                 self.cuda_graph_strategy = None
+                self.dynamic_shapes_kernel_specialization_strategy = "LAZY"  # as the manual says
 
             def create_runtime_cache(self):
                 note("create_runtime_cache")
@@ -108,7 +120,13 @@ class FakeTensorRt:
                 return Named(module.layouts.get(name, "LINEAR"))
 
             def create_execution_context(self, *arguments):
-                strategies = [a.cuda_graph_strategy for a in arguments]
+                strategies = [
+                    (
+                        str(a.cuda_graph_strategy),
+                        str(a.dynamic_shapes_kernel_specialization_strategy),
+                    )
+                    for a in arguments
+                ]
                 made = note("create_execution_context", *strategies, default=Context)
                 return made and made()
 
@@ -117,6 +135,7 @@ class FakeTensorRt:
         if rtx:
             Engine.create_runtime_config = lambda _: Config()
             self.CudaGraphStrategy = SimpleNamespace(DISABLED=Named("DISABLED"))
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=Named("EAGER"))
 
         class Runtime:
             engine_host_code_allowed = False
@@ -131,6 +150,7 @@ class FakeTensorRt:
                 return made and made()
 
         self.ILogger, self.Runtime = ILogger, Runtime
+        self.ProfilingVerbosity = SimpleNamespace(LAYER_NAMES_ONLY=Named("LAYER_NAMES_ONLY"))
 
 
 class Driver(RecordingDriver):
@@ -230,21 +250,22 @@ def test_an_engine_is_bound_once_and_enqueued_often(bundle, driver):
 
 
 def test_tensorrt_rtx_makes_no_graphs_of_its_own_and_keeps_its_kernels(bundle, driver):
+    """Nor may it go on with kernels of the first run that a graph would keep for good."""
     module = FakeTensorRt(driver, rtx=True)
     engine = load(bundle, "stem", driver, module, "tensorrt-rtx")
     for _ in range(2):
         engine.bind(*tensors_of(engine))
     engine.close()
     assert [
-        str(call[-1]) if call[0] == "create_execution_context" else call[0] for call in module.calls
+        call[-1] if call[0] == "create_execution_context" else call[0] for call in module.calls
     ] == [
         "deserialize",
         "create_runtime_cache",
         "set_runtime_cache",
-        "DISABLED",
+        ("DISABLED", "EAGER"),
         "set_tensor_address",
         "set_tensor_address",
-        "DISABLED",
+        ("DISABLED", "EAGER"),
         "set_tensor_address",
         "set_tensor_address",
         "serialize_cache",
@@ -297,7 +318,7 @@ def test_each_binding_has_a_context_and_closing_releases_all(bundle, driver):
     first, second = (engine.bind(*tensors_of(engine)) for _ in range(2))
     gc.collect()
     assert [context() is not None for context in module.contexts] == [True, True]
-    assert first.context is not second.context
+    assert first.context.native is not second.context.native
     engine.close()
     engine.close()
     gc.collect()
@@ -307,6 +328,29 @@ def test_each_binding_has_a_context_and_closing_releases_all(bundle, driver):
     for closed in (lambda: first(STREAM), lambda: engine.bind(*tensors_of(engine))):
         with pytest.raises(ValueError, match="engine 'stem' is closed"):
             closed()
+
+
+def test_a_binding_that_is_dropped_gives_its_memory_back(make_two_streams, tmp_path, driver):
+    """A session that meets many sizes of batches drops those it has not seen for long."""
+    bundle = make_two_streams(tmp_path, batch="batch")
+    module = FakeTensorRt(driver)
+    options = EngineOptions(sizes={"batch": SizeRange(1, 2, 8)})
+    engine = load(bundle, "stem", driver, module, options=options)
+    for batch in range(1, 9):
+        module.output_shapes["stem"] = [batch, 12, 64, 64]
+        enqueue = engine.bind(*tensors_of(engine, batch=batch))
+    alive = [context() is not None for context in module.contexts]
+    assert alive == [False] * 7 + [True]
+    assert module.released_on == [1] * 7  # where the engine's device was current
+    module.answers["set_tensor_address"] = False
+    with pytest.raises(InputError, match="refuses the address"):
+        engine.bind(*tensors_of(engine, batch=8))
+    gc.collect()
+    assert [context() is not None for context in module.contexts][7:] == [True, False]
+    engine.close()
+    del enqueue
+    assert module.released_on == [1] * 9
+    assert driver.open_resources == {}
 
 
 def test_memory_and_streams_are_told(bundle, driver):
@@ -337,8 +381,21 @@ def test_a_refused_enqueue_is_an_error_of_its_own(bundle, driver):
     engine = load(bundle, "stem", driver, module)
     enqueue = engine.bind(*tensors_of(engine))
     driver.push_context(1)
-    with pytest.raises(EnqueueRefusedError, match="refused to enqueue engine 'stem'"):
+    refused = r"refused to enqueue engine 'stem' \(Error Code 3: not stream capturable\)"
+    with pytest.raises(EnqueueRefusedError, match=refused):
         enqueue(STREAM)
+    assert take_error() == ""  # no later refusal is put down to it
+
+
+def test_what_another_thread_records_is_not_taken_for_the_reason(bundle, driver):
+    module = FakeTensorRt(driver)
+    logger = logger_of(module)
+    with ThreadPoolExecutor(1) as pool, recording() as record:
+        error = pool.submit(logger.log, module.ILogger.ERROR, "of the other thread")
+        error.result()
+        assert pool.submit(take_error).result() == "of the other thread"
+    assert record.errors == ["of the other thread"]  # nobody else was recording
+    assert take_error() == ""
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
@@ -359,6 +416,25 @@ def test_an_engine_that_does_not_load_says_what_it_is_and_how_to_rebuild_it(bund
     assert "built for Recorder 1 (compute capability 9.0) by TensorRT 10.9.0.34" in text
     assert "device 1 cannot load it (Error Code 1: Serialization (magic tag))" in text
     assert f"parnet-export build {bundle.path} --backend tensorrt --devices 1." in text
+    assert driver.open_resources == {}
+
+
+def test_a_tensorrt_that_does_not_start_is_a_sentence(bundle, driver):
+    """Its bindings raise TypeError where the driver is too old for its CUDA."""
+    module = FakeTensorRt(driver)
+
+    class Runtime:
+        def __init__(self, logger):
+            logger.log(module.ILogger.ERROR, "CUDA initialization failure with error: 35.")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module.Runtime = Runtime
+    with pytest.raises(InputError) as caught:
+        load(bundle, "stem", driver, module)
+    assert str(caught.value) == (
+        "TensorRT 10.9.0.34: does not start here (CUDA initialization failure with error: 35). "
+        "Upgrade the NVIDIA driver, or install a TensorRT for its version of CUDA."
+    )
     assert driver.open_resources == {}
 
 
@@ -443,8 +519,9 @@ def tensorrt(monkeypatch, driver):
         "tensorrt-rtx": FakeTensorRt(driver, rtx=True),
     }
     monkeypatch.setattr(
-        tensorrt_run, "choose_backend", lambda wanted: "tensorrt" if wanted == "auto" else wanted
+        engine_finder, "choose_backend", lambda wanted: "tensorrt" if wanted == "auto" else wanted
     )
+    monkeypatch.setattr(engine_finder, "installed_backends", lambda: tuple(modules))
     monkeypatch.setattr(
         tensorrt_run, "import_tensorrt", lambda b: TensorRt(b, modules[b], VERSIONS[b])
     )
@@ -489,6 +566,51 @@ def test_the_engine_for_just_this_gpu_is_preferred(bundle, driver, tensorrt):
         exact = install(bundle, "stem", driver, backend="tensorrt-rtx")
     assert found == [general, exact]
     assert several not in found
+
+
+def test_automatically_the_engines_that_the_bundle_has_are_run(bundle, driver, tensorrt):
+    """Both backends may be installed, and only one of them may have built engines."""
+    rtx = install(bundle, "stem", driver, backend="tensorrt-rtx", target=Target("tensorrt-rtx"))
+    (engine,) = load_engines(bundle, ["stem"], driver, 1).values()
+    assert engine.path == rtx
+    ours = install(bundle, "stem", driver)
+    (engine,) = load_engines(bundle, ["stem"], driver, 1).values()
+    assert engine.path == ours
+    with pytest.raises(InputError, match="holds no TensorRT engine of 'head'"):
+        load_engines(bundle, ["head"], driver, 1)
+
+
+def test_engines_of_the_other_backend_are_none_of_this_one(bundle, driver, tensorrt):
+    install(bundle, "stem", driver, backend="tensorrt-rtx")
+    with pytest.raises(InputError, match="holds no TensorRT engine of 'stem'"):
+        load_engines(bundle, ["stem"], driver, 1, backend="tensorrt")
+
+
+def test_the_command_that_rebuilds_an_engine_has_the_options_it_was_built_with(
+    make_two_streams, tmp_path, driver, tensorrt
+):
+    bundle = make_two_streams(tmp_path, batch="batch")
+    options = EngineOptions(tf32=False, sizes={"batch": SizeRange(1, 2, 4)}, workspace_mib=64)
+    install(bundle, "stem", driver, options=options, version="10.8.0.1")
+    with pytest.raises(InputError) as caught:
+        load_engines(bundle, ["stem"], driver, 1)
+    flags = "--no-tf32 --shapes batch=1/2/4 --workspace-mib 64"
+    assert caught.value.remedy.endswith(f"--backend tensorrt --devices 1 {flags}")
+
+
+@pytest.mark.parametrize(
+    ("built_by", "fits"), [("10.0.0b6", True), ("10.8.0.43", True), ("10.10.0b1", False)]
+)
+def test_a_version_compatible_engine_runs_later_also_if_a_preview_has_built_it(
+    bundle, driver, tensorrt, built_by, fits
+):
+    options = EngineOptions(version_compatible=True)
+    install(bundle, "stem", driver, options=options, version=built_by)
+    if fits:
+        assert load_engines(bundle, ["stem"], driver, 1)
+    else:
+        with pytest.raises(InputError, match=r"and TensorRT 10\.9\.0\.34 is installed here"):
+            load_engines(bundle, ["stem"], driver, 1)
 
 
 @pytest.mark.parametrize(
