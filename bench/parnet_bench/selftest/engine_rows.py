@@ -12,7 +12,7 @@ import torch
 from parnet_bench.selftest.engine_builds import AUX_STREAMS
 from parnet_bench.selftest.failure import reason_of
 from parnet_bench.selftest.resident_runs import resident_runs
-from parnet_engines.cuda.devices import names_gpus, parse_gpus
+from parnet_engines.cuda.devices import names_gpus
 from parnet_engines.cuda.session import CudaSession
 from parnet_engines.session import Session
 
@@ -199,7 +199,9 @@ def session_rows(
         )
 
     def with_aux_streams() -> AnySession:
-        return _open_with_aux_streams(bundle, first)
+        return CudaSession.open_on_gpus(
+            bundle, first, plan="whole", engine=engine, max_aux_streams=AUX_STREAMS
+        )
 
     row = partial(open_session_row, stack, network)
     found = row(WHOLE_ENGINE, engine, whole)
@@ -215,21 +217,3 @@ def session_rows(
         yield row(SPLIT_BY_VECTORS, engine, partial(streams, "vector"))
     if names_gpus(first):
         yield row("authors' layout", engine, authors)
-
-
-def _open_with_aux_streams(bundle: Bundle, device: str) -> CudaSession:
-    """Open the whole graph with TensorRT's own concurrency inside one engine."""
-    from parnet_engines.cuda.devices import open_driver, ordinal_of
-    from parnet_engines.cuda.gpu_plan import choose_on_gpus
-    from parnet_engines.planning.cost_table import WHOLE
-    from parnet_engines.tensorrt.run import load_engines
-
-    (name,) = parse_gpus(device)
-    driver = open_driver([name])
-    program = choose_on_gpus(bundle, device, "whole", open_program=_refuse_to_measure)
-    loaded = load_engines(bundle, [WHOLE], driver, ordinal_of(name), max_aux_streams=AUX_STREAMS)
-    return CudaSession(program, {(WHOLE, "lane0"): loaded[WHOLE]}, driver, engine="tensorrt")
-
-
-def _refuse_to_measure(*_: object, **__: object) -> Any:
-    raise AssertionError("the plan 'whole' is not measured")

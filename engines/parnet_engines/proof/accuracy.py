@@ -44,8 +44,9 @@ LIMITS: dict[Precision, Limits] = {
 }
 """By the precision that engines compute in.
 
-In float32 another order of summation makes 1e-6 to 1e-4; TF32, which rounds to 10 bits, is
-outside on purpose. Half precision rounds every tensor to 11 bits, layer after layer.
+In float32 another order of summation makes 1e-6 to 1e-4, and TF32, which rounds what
+convolutions read to 10 bits, up to 5e-4 in the catalogue's networks. Half precision rounds every
+tensor to 11 bits, layer after layer.
 """
 
 

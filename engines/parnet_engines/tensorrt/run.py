@@ -156,7 +156,7 @@ class TensorRtEngine(CudaSegmentEngine):
             return
         with self._on_device():
             self._save_kernels()
-            for context in self._contexts:
+            for context in tuple(self._contexts):  # Python's collector may release some meanwhile
                 context.native = None
             self._contexts.clear()
             # Contexts, engine and runtime must go in this order.
