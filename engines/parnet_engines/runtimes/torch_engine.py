@@ -81,8 +81,6 @@ class TorchEngine(SegmentEngine):
 class TorchCudaEngine(CudaSegmentEngine):
     """An ONNX file, run by torch on a GPU.
 
-    Half precision runs with channels last, whatever the layout of the tensors around it.
-
     Parameters
     ----------
     segment
@@ -93,6 +91,9 @@ class TorchCudaEngine(CudaSegmentEngine):
         CUDA ordinal.
     layouts
         How tensors lie that are not row-major.
+    channels_last
+        Whether images lie with their channels last inside, whatever the layout of the tensors
+        around; see `TorchGraph`.
     tf32
         Whether convolutions and products of float32 may be rounded to TF32.
 
@@ -110,15 +111,14 @@ class TorchCudaEngine(CudaSegmentEngine):
         device: int = 0,
         *,
         layouts: Mapping[str, TensorLayout] | None = None,
+        channels_last: bool = False,
         tf32: bool = False,
     ) -> None:
         require_kernels(device)
         super().__init__(segment, device, layouts)
         self._tf32 = tf32
-        specs = (*segment.inputs, *segment.outputs)
-        self._channels_last = any(spec.dtype == "float16" for spec in specs)
         self._graph: TorchGraph | None = TorchGraph(
-            path, segment.name, f"cuda:{device}", channels_last=self._channels_last
+            path, segment.name, f"cuda:{device}", channels_last=channels_last
         )
         # The weights are there before any stream reads them. Waiting for the whole device would
         # spoil a capture that another thread has open on it.
@@ -268,13 +268,17 @@ def load_engines(
     """
     graph = bundle.stream_graph
     outside = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+    # A segment's tensors do not tell it: those of the whole network are float32 in any case.
+    channels_last = bundle.manifest.precision == "fp16"
     engines = {}
     for name in names:
         segment = segment_of(bundle, name)
         tensors = (*segment.inputs, *segment.outputs)
         layouts = choose_layouts(tensors, boundary or "vector", outside)
         path = onnx_path(bundle, name)
-        engines[name] = TorchCudaEngine(segment, path, device, layouts=layouts)
+        engines[name] = TorchCudaEngine(
+            segment, path, device, layouts=layouts, channels_last=channels_last
+        )
     return engines
 
 

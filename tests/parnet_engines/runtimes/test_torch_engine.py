@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parnet_engines.cuda import session as cuda_session
 from parnet_engines.cuda.engine import DeviceTensor
@@ -389,3 +390,29 @@ def test_engines_for_gpus_compute_what_onnx_runtime_does_with_either_boundary(
     for name in ("stem", "a1", "b1"):
         assert relative_error(tensors[name], reference[name]) < limit / 2
     assert torch_without_cuda.open_resources == {}
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes whether the images of convolutions lie with their channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        if "conv" in function.name():
+            layout = torch.channels_last
+            self.channels_last += [t.is_contiguous(memory_format=layout) for t in args[:2]]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("plan", ["whole", "streams"])
+def test_half_precision_computes_with_channels_last_in_one_engine_as_in_several(
+    make_two_streams, torch_without_cuda, tmp_path, plan
+):
+    bundle = make_two_streams(tmp_path, precision="fp16")
+    options = {"plan": plan, "engine": "torch", "use_graphs": False}
+    with CudaSession.open_on_gpus(bundle, "0", **options) as session, Convolutions() as seen:
+        session.run({"image": np.zeros((1, 3, 64, 64), np.float32)})
+    assert seen.channels_last
+    assert all(seen.channels_last)
