@@ -196,6 +196,9 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         if os.getpid() != self._process:
             return
         self._closed = True
+        for slot in self._slots:
+            with slot.lock:
+                pass  # a call under way may need the engines for a shape that is new to it
         running: set[str] = set()
         engines, self._engines = self._engines, {}
         with contextlib.ExitStack() as ending:  # an error of one keeps none of the others open

@@ -516,6 +516,23 @@ def test_closing_waits_for_calls_under_way():
     assert lane_threads() == []
 
 
+def test_closing_leaves_a_call_under_way_its_engines_for_a_shape_that_is_new():
+    with ThreadPoolExecutor(1) as pool:
+        session = session_of(FORK, fakes(FORK), lanes=2)
+        new_host, closing = session._new_host, []
+
+        def close_meanwhile(arrays):
+            closing.append(pool.submit(session.close))
+            time.sleep(0.02)
+            assert session._closed
+            return new_host(arrays)
+
+        session._new_host = close_meanwhile
+        assert set(session.run({"x": image()})) == {"head"}
+        closing[0].result(timeout=10)
+    assert lane_threads() == []
+
+
 def test_an_error_in_the_with_block_closes_the_session():
     engines = fakes(FORK)
     with pytest.raises(KeyError), session_of(FORK, engines, lanes=2) as session:
