@@ -42,7 +42,9 @@ class _Recorders:
     """The recordings under way, by thread: several GPUs' engines may be loaded at once."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Python's collector may release an engine's context wherever it interrupts this, and what
+        # TensorRT says then is recorded, too.
+        self._lock = threading.RLock()
         self._active: list[tuple[int, LogRecording]] = []
         self._stray: dict[int, str] = {}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -396,6 +397,28 @@ def test_what_another_thread_records_is_not_taken_for_the_reason(bundle, driver)
         assert pool.submit(take_error).result() == "of the other thread"
     assert record.errors == ["of the other thread"]  # nobody else was recording
     assert take_error() == ""
+
+
+def test_a_context_may_be_released_wherever_the_collector_interrupts_a_message(driver):
+    """Releasing one records what TensorRT says, in whatever thread is running."""
+    module = FakeTensorRt(driver)
+
+    class Interrupted(list):
+        def append(self, line):
+            with recording():
+                super().append(line)
+
+    def log() -> list[str]:
+        with recording() as record:
+            record.lines = Interrupted()
+            logger_of(module).log(module.ILogger.ERROR, "an error")
+        return record.lines
+
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.extend(log()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found == ["ERROR an error"]
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
