@@ -36,12 +36,13 @@ from parnet_engines.session import Session
 from parnet_engines.tensorrt.build_place import describe_driver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from parnet_bench.machine.peaks import Peaks
     from parnet_bench.machine.state import GpuState
     from parnet_bench.selftest.prepared_network import PreparedNetwork
     from parnet_engines.clock import Clock
+    from parnet_engines.cuda.driver import Gpu
     from parnet_engines.tensorrt.build_place import BuildPlace
     from parnet_export.bundle import Bundle, Precision
 
@@ -90,7 +91,7 @@ class EngineComparison:
     environment
         The machine and its software.
     device
-        The GPU, or ``"cpu"``.
+        The first GPU, which all rows but the authors' layout run on; or ``"cpu"``.
     driver
         Versions of NVIDIA's driver and of CUDA in it; empty where they are not told.
     precision, resolution
@@ -187,7 +188,7 @@ def compare_engines(
     return EngineComparison(
         SCHEMA_VERSION,
         read_environment(),
-        gpus[0].name if gpus else "cpu",
+        _device_name(request.devices, gpus),
         describe_driver() if gpus else "",
         request.precision,
         request.resolution,
@@ -288,6 +289,13 @@ def _peaks(request: Request) -> tuple[Peaks | None, str]:
     except Exception as error:  # noqa: BLE001 - rows are worth keeping without it
         return None, reason_of(error)
     return peaks, peaks.how
+
+
+def _device_name(devices: str, gpus: Sequence[Gpu]) -> str:
+    if not gpus:
+        return "cpu"
+    first = ordinal_of(parse_gpus(devices)[0])
+    return next(gpu.name for gpu in gpus if gpu.ordinal == first)
 
 
 def _torch_device(devices: str) -> torch.device:

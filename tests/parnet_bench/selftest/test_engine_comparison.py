@@ -169,6 +169,13 @@ def test_a_network_that_cannot_be_prepared_is_a_row_with_its_reason(small, prepa
     assert rows["parnet-cifar-1.3m", "whole engine"].median_ms > 0
 
 
+@pytest.mark.parametrize(("devices", "named"), [("1,0", "Recorder 1"), ("0,2", "Recorder 0")])
+def test_a_comparison_names_the_gpu_that_its_rows_run_on(small, monkeypatch, devices, named):
+    monkeypatch.setattr(engine_comparison, "prepare_network", broken)
+    result = compare_engines(replace(small, devices=devices), MonotonicClock(), lambda _: None)
+    assert result.device == named
+
+
 def test_limits_that_cannot_be_measured_leave_the_rows(small, monkeypatch):
     monkeypatch.setattr(device_limits, "path_figures", broken)
     monkeypatch.setattr(engine_comparison, "measure_gpu_peaks", broken)
