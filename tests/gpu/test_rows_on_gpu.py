@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -141,5 +142,5 @@ def test_what_segments_take_is_measured_alone_and_side_by_side(driver, single_bu
         assert names <= set(found)
         assert all(0 < latency_ms < 50 for latency_ms in found.values())
     assert {entry.environment for entry in measured} == {
-        f"{driver.gpus()[0].name}, torch {torch.__version__}"
+        f"{driver.gpus()[0].name}, torch {version('torch')}"
     }
