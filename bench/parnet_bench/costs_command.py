@@ -1,27 +1,25 @@
-"""The ``parnet-bench costs`` command: what each segment takes on the cores at hand."""
+"""The ``parnet-bench costs`` command: what each segment takes on the devices at hand."""
 
 # Typer reads the annotations at run time, and an option is a parameter.
 # ruff: noqa: TC003
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from parnet_export import console, files
+from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Group
 
     from parnet_engines.planning.cost_table import CostTable, SegmentCost
-    from parnet_engines.planning.devices import Device
-    from parnet_engines.schedule.placement import Lane
     from parnet_export.bundle import Bundle
+
+Engine = Literal["auto", "onnxruntime", "torch", "tensorrt"]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,8 +30,15 @@ def register(app: typer.Typer) -> None:
 def costs(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
     devices: Annotated[
-        str, typer.Option(help="Where to run: cpu, or cores such as cpu:0-3,cpu:4-7.")
+        str, typer.Option(help="Where to run: cpu, cores such as cpu:0-3,cpu:4-7, or a GPU: 0.")
     ] = "cpu",
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Runtime. On the CPU, onnxruntime is the only one. "
+            "auto: on GPUs the first that can be used."
+        ),
+    ] = "auto",
     lanes: Annotated[
         int | None,
         typer.Option(
@@ -53,73 +58,46 @@ def costs(
         Path | None, typer.Option(help="Also write the result as JSON.", metavar="F")
     ] = None,
 ) -> None:
-    """Measure every segment with ONNX Runtime, alone and beside busy lanes, and keep that.
+    """Measure every segment, alone and beside busy lanes, and keep that.
 
     What is measured is kept in the bundle's folder with the machine it belongs to: plans
     rest on it from then on.
     """
-    from parnet_engines.planning.bundle_costs import add_bundle_costs, load_bundle_costs
-    from parnet_engines.planning.devices import parse_devices
+    from parnet_bench.forecasts.cost_place import on_cores, on_gpu
+    from parnet_engines.cuda.devices import names_gpus
+    from parnet_engines.planning.bundle_costs import add_bundle_costs
     from parnet_export.bundle import open_bundle
 
     if output is not None:
         files.require_writable(output)
     opened = open_bundle(bundle)
-    offered = lane_choices(opened, parse_devices(devices, threads=threads), lanes)
+    if names_gpus(devices):
+        _require_no_threads(threads)
+        place = on_gpu(opened, devices, lanes=lanes, engine=engine)
+    else:
+        _require_onnxruntime(engine)
+        place = on_cores(opened, devices, lanes=lanes, threads=threads)
+    known = place.known
     if not show:
         with console.working(f"measuring {opened.label}"):
-            measured = _measure(opened, offered)
+            measured = place.measure()
         add_bundle_costs(opened, measured)
+        known = known.of_environment(measured[0].environment).updated(measured)
     # Estimates stand in only for what was never measured.
-    known = _estimates(opened, offered).updated(load_bundle_costs(opened).entries)
-    console.show(known, render(opened, known), as_json=as_json, output=output)
+    shown = place.estimates.updated(known.entries)
+    console.show(shown, render(opened, shown), as_json=as_json, output=output)
 
 
-def lane_choices(
-    bundle: Bundle, devices: Sequence[Device], lanes: int | None
-) -> list[tuple[Lane, ...]]:
-    """Return the lanes to measure on: the devices' cores divided evenly, for each number."""
-    from parnet_engines.planning.devices import divide
-    from parnet_engines.planning.lane_sets import default_lanes
-
-    most = default_lanes(bundle.stream_graph, devices)
-    counts = range(len(devices), most + 1) if lanes is None else [lanes]
-    return [divide(devices, count) for count in counts]
+def _require_no_threads(threads: int | None) -> None:
+    if threads is not None:
+        problem = "is a number of CPU threads, and the device is a GPU"
+        raise InputError(f"--threads {threads}", problem, "Leave it out, or use --lanes")
 
 
-def _estimates(bundle: Bundle, offered: Sequence[Sequence[Lane]]) -> CostTable:
-    """Return estimates for what `_measure` measures."""
-    from parnet_engines.planning.bundle_costs import estimated_costs
-    from parnet_engines.planning.cost_table import WHOLE, CostTable, lane_threads
-
-    beside = {
-        (lane_threads(lane), sum(other.device == lane.device for other in lanes))
-        for lanes in offered
-        for lane in lanes
-    }
-    costs = estimated_costs(bundle, offered)
-    kept = (
-        entry
-        for entry in costs.entries
-        if entry.busy_lanes == 1
-        or (entry.segment != WHOLE and (entry.threads, entry.busy_lanes) in beside)
-    )
-    return CostTable(tuple(kept), costs.network)
-
-
-def _measure(bundle: Bundle, offered: Sequence[Sequence[Lane]]) -> list[SegmentCost]:
-    from parnet_engines.planning.cost_measure import measure_costs, measure_whole
-    from parnet_engines.planning.cost_table import lane_threads
-    from parnet_engines.session import Session
-
-    open_program = partial(Session.load, bundle)
-    measured: list[SegmentCost] = []
-    by_width = {lane_threads(lane): lane for lanes in offered for lane in lanes}
-    for lanes in offered:
-        measured += measure_costs(bundle, lanes, open_program)
-    for lane in by_width.values():
-        measured += measure_whole(bundle, lane, open_program)
-    return measured
+def _require_onnxruntime(engine: str) -> None:
+    if engine not in {"auto", "onnxruntime"}:
+        problem = "is for GPUs here: plans for CPUs rest on what ONNX Runtime takes"
+        raise InputError(f"--engine {engine}", problem, "Leave it out, or use --devices 0")
 
 
 def render(bundle: Bundle, costs: CostTable) -> Group:
@@ -164,7 +142,7 @@ def _legend(costs: CostTable) -> list[str]:
     if sources["measured"]:
         lines.append(f"Measured on {' and '.join(sources['measured'])}.")
     if sources["estimated"]:
-        lines.append(f"~ Estimated for a {' and a '.join(sources['estimated'])}.")
+        lines.append(f"~ Estimated for: {' and '.join(sources['estimated'])}.")
     return lines
 
 

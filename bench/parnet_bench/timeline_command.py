@@ -101,19 +101,16 @@ def timeline(
     ):
         recording = record(session, inputs, inferences=inferences, warm_ups=warm_up)
     program = session.program.program
-    on_gpus = isinstance(session, CudaSession)
     used: str = "onnxruntime" if engine == "auto" else engine
     if isinstance(session, CudaSession):
         used = session.engine
-    # Costs are measured on the CPU, by ONNX Runtime.
-    known = used == "onnxruntime" and not on_gpus
     report, shown = report_on(
         session,
         recording,
         network=opened.label,
         engine=used,
         machine=_describe_machine(devices, used),
-        isolated=_isolated_costs(opened, program) if known else None,
+        isolated=_isolated_costs(opened, program, devices, used),
     )
     title = f"{opened.label}, {used} on {devices}"
     if svg is not None:
@@ -148,13 +145,14 @@ def _describe_machine(devices: str, engine: str) -> str:
     return ", ".join(parts)
 
 
-def _isolated_costs(bundle: Bundle, program: Program) -> CostTable | None:
+def _isolated_costs(
+    bundle: Bundle, program: Program, devices: str, engine: str
+) -> CostTable | None:
     """Return what was measured of a program's segments alone; None if any is missing."""
-    from parnet_engines.planning.bundle_costs import load_bundle_costs
     from parnet_engines.planning.cost_table import device_kind, lane_threads
     from parnet_engines.schedule.program import Run
 
-    costs = load_bundle_costs(bundle)
+    costs = _measured_costs(bundle, devices, engine)
     for step in program.steps:
         if isinstance(step, Run):
             lane = program.lanes_by_name[step.lane]
@@ -162,3 +160,18 @@ def _isolated_costs(bundle: Bundle, program: Program) -> CostTable | None:
             if found is None or found.busy_lanes != 1:
                 return None
     return costs
+
+
+def _measured_costs(bundle: Bundle, devices: str, engine: str) -> CostTable:
+    """Return what a runtime was found to take on such devices."""
+    from parnet_bench.targets.row_devices import gpus_of
+    from parnet_engines.planning.bundle_costs import load_bundle_costs, load_gpu_costs
+    from parnet_engines.planning.cost_table import CostTable
+    from parnet_engines.planning.machine import describe_gpu_machine
+
+    gpus = {gpu.name for gpu in gpus_of([devices])}
+    if len(gpus) == 1:
+        (gpu,) = gpus
+        return load_gpu_costs(bundle, gpu).of_environment(describe_gpu_machine(gpu, engine))
+    # On the CPU they are measured with ONNX Runtime.
+    return load_bundle_costs(bundle) if not gpus and engine == "onnxruntime" else CostTable()

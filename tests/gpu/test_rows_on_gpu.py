@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 
+from parnet_bench.forecasts.cost_place import on_gpu
 from parnet_bench.machine.energy import find_meter
 from parnet_bench.machine.nvml import open_nvml
 from parnet_bench.machine.state import all_boards, gpu_states
@@ -130,3 +132,15 @@ def test_peaks_are_of_the_order_of_a_gpu():
     assert 1e11 < found.copy_bytes_per_s < 2e13
     assert found.flops_per_s is None or 1e12 < found.flops_per_s < 1e16
     assert found.devices == "0"
+
+
+def test_what_segments_take_is_measured_alone_and_side_by_side(driver, single_bundle):
+    measured = on_gpu(single_bundle, "0", lanes=2, engine="torch").measure()
+    names = {segment.name for segment in single_bundle.stream_graph.segments}
+    for busy in (1, 2):
+        found = {e.segment: e.latency_ms for e in measured if e.busy_lanes == busy}
+        assert names <= set(found)
+        assert all(0 < latency_ms < 50 for latency_ms in found.values())
+    assert {entry.environment for entry in measured} == {
+        f"{driver.gpus()[0].name}, torch {version('torch')}"
+    }

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import os
 import xml.etree.ElementTree as ET
+from importlib.metadata import version
 from statistics import median
 
 import pytest
-import torch
 import typer
 
-from parnet_bench import costs_command, timeline_command
+from parnet_bench import costs_command, plan_command, timeline_command
+from parnet_bench.forecasts import cost_place
 from parnet_bench.report.timeline_report import typical
 from parnet_bench.targets import row_devices
 from parnet_engines.cuda import session as cuda_session
 from parnet_engines.cuda.hosted_engine import HostedEngine
 from parnet_engines.cuda.recording_driver import RecordingDriver
 from parnet_engines.planning import cost_measure
-from parnet_engines.planning.bundle_costs import load_bundle_costs
-from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE
+from parnet_engines.planning.bundle_costs import (
+    add_bundle_costs,
+    gpu_costs_for,
+    load_bundle_costs,
+    load_gpu_costs,
+)
+from parnet_engines.planning.cost_table import COSTS_NAME, WHOLE, SegmentCost
 from parnet_engines.planning.machine import describe_machine
 from parnet_engines.runtimes.ort import OrtEngine
 from parnet_engines.schedule.placement import Lane
 from parnet_engines.schedule.recording import Recording, Span
+from parnet_engines.session import Session
 from parnet_engines.tensorrt.bundle_engines import segment_of
 from parnet_engines.tensorrt.engine_cache import onnx_path
 from parnet_export import console
@@ -41,6 +48,7 @@ def run(capsys, monkeypatch):
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     timeline_command.register(app)
     costs_command.register(app)
+    plan_command.register(app)
 
     def call(*arguments):
         code = console.run(app, [*map(str, arguments)])
@@ -115,7 +123,9 @@ def test_inferences_in_flight_overlap(run, bundle):
     assert "openvino 20" in result["machine"]
 
 
-def test_a_timeline_of_gpus_tells_the_gpu_and_the_runtime(run, bundle, monkeypatch):
+@pytest.fixture
+def recorder(monkeypatch):
+    """A machine with two recorders for GPUs, on which torch computes."""
     driver = RecordingDriver(2)
 
     def load(bundle, names, driver, device, **_):
@@ -129,20 +139,24 @@ def test_a_timeline_of_gpus_tells_the_gpu_and_the_runtime(run, bundle, monkeypat
         }
 
     monkeypatch.setattr("parnet_engines.runtimes.torch_engine.load_engines", load)
-    for module in (cuda_session, row_devices):
+    for module in (cuda_session, row_devices, cost_place):
         monkeypatch.setattr(module, "open_driver", lambda _: driver)
+    return driver
+
+
+def test_a_timeline_of_gpus_tells_the_gpu_and_the_runtime(run, bundle, recorder):
     arguments = ("--devices", "0,1", "--engine", "torch", "--inferences", 3, "--json")
     code, out, _ = run("timeline", bundle.path, *arguments)
     result = json.loads(out)
     assert code == 0
     assert result["engine"] == "torch"
     assert result["machine"].startswith("Recorder 0, Recorder 1, ")
-    assert f"torch {torch.__version__}" in result["machine"]
+    assert f"torch {version('torch')}" in result["machine"]
     assert len(result["overlaps"]) == 3
-    assert driver.open_resources == {}
+    assert recorder.open_resources == {}
     _, out, _ = run("timeline", bundle.path, *arguments[:-1])
     assert "What segments take alone is not known here" in " ".join(out.split())
-    assert "parnet-bench costs" not in out  # which knows of no GPUs
+    assert "`parnet-bench costs --devices N --engine torch` measures it" in " ".join(out.split())
 
 
 def test_a_bundle_with_an_open_batch_takes_one(run, dynamic_bundle):
@@ -204,11 +218,73 @@ def test_costs_are_measured_shown_and_kept(run, bundle, tmp_path):
     assert "as long as they do alone" in out
 
 
+def test_costs_of_a_gpu_are_measured_and_plans_rest_on_them(run, bundle, recorder):
+    run("costs", bundle.path)  # on the CPU, which stays beside what a GPU takes
+    on_cpu = load_bundle_costs(bundle)
+    code, out, err = run("costs", bundle.path, "--devices", "0", "--engine", "torch")
+    assert (code, err) == (0, "")
+    environment = f"Recorder 0, torch {version('torch')}"
+    assert f"Measured on {environment}." in out
+    assert "~" not in out
+    assert recorder.open_resources == {}
+    kept = load_gpu_costs(bundle, "Recorder 0")
+    names = names_of(bundle)
+    width = max(entry.busy_lanes for entry in kept.entries)
+    assert width >= 2
+    situations = {(name, busy) for name in names for busy in range(1, width + 1)} | {(WHOLE, 1)}
+    assert {(entry.segment, entry.busy_lanes) for entry in kept.entries} == situations
+    assert {entry.environment for entry in kept.entries} == {environment}
+    assert load_bundle_costs(bundle) == on_cpu
+    assert load_gpu_costs(bundle, "Recorder 1").entries == ()
+    # A forecast for several GPUs starts from them, and so does a session's plan.
+    assert gpu_costs_for(bundle, ["Recorder 0"] * 3, 3) == kept
+    assert gpu_costs_for(bundle, ["Recorder 0", "Recorder 1"], 3) != kept
+    _, out, _ = run("plan", bundle.path, "--num-devices", 3, "--json")
+    assert json.loads(out)["basis"]["environment"] == environment
+    _, out, _ = run("timeline", bundle.path, "--devices", "0", "--engine", "torch")
+    assert "as long as they do alone" in out
+
+
+def test_a_plan_on_gpus_goes_by_what_was_measured_there(bundle, recorder):
+    def lanes_used(slow_together):
+        entries = [
+            SegmentCost(name, "cuda", 1, busy, ms, "measured", "Recorder 0, torch 1")
+            for name in names_of(bundle)
+            for busy, ms in ((1, 1.0), (2, 5.0 if slow_together else 1.0))
+        ]
+        add_bundle_costs(bundle, entries)
+        with Session.open(bundle, "0", engine="torch") as session:
+            return len({lane.name for lane in session.program.program.lanes})
+
+    assert lanes_used(slow_together=False) > lanes_used(slow_together=True) == 1
+
+
+def test_estimates_of_a_gpu_are_shown_and_marked(run, bundle, recorder):
+    code, out, _ = run("costs", bundle.path, "--devices", "0", "--show")
+    assert code == 0
+    assert "~ Estimated for: a100 fp16." in out
+    assert not (bundle.path / COSTS_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--devices", "0,1"), "names several GPUs"),
+        (("--devices", "0", "--threads", 2), "is a number of CPU threads, and the device is a GPU"),
+        (("--engine", "torch"), "is for GPUs here"),
+    ],
+)
+def test_costs_that_cannot_be_measured_are_refused(run, bundle, recorder, arguments, message):
+    code, _, err = run("costs", bundle.path, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 def test_without_measurements_estimates_are_shown_and_marked(run, bundle):
     code, out, _ = run("costs", bundle.path, "--show")
     assert code == 0
     assert "Measured" not in out
-    assert "~ Estimated for a typical CPU core." in out
+    assert "~ Estimated for: typical CPU core." in out
     rows = [line for line in out.splitlines() if line.startswith(f" {names_of(bundle)[0]} ")]
     assert len(rows) == 1
     assert rows[0].count("~") >= 1

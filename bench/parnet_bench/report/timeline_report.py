@@ -191,7 +191,9 @@ def _facts(report: TimelineReport) -> Iterator[str]:
             "What segments take alone is not known here, and so not whether lanes slow each "
             "other down."
         )
-        if not any(is_gpu(lane.device) for lane in report.lanes):
+        if any(is_gpu(lane.device) for lane in report.lanes):
+            text += f" `parnet-bench costs --devices N --engine {report.engine}` measures it."
+        else:
             text += " `parnet-bench costs` measures it for onnxruntime."
         yield text
 

@@ -8,10 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from parnet_engines.clock import MonotonicClock
-from parnet_engines.cuda.devices import is_gpu, lanes_on, parse_gpus
-from parnet_engines.planning.bundle_costs import TYPICAL_GPU, network_of
+from parnet_engines.cuda.devices import is_gpu, lanes_on, ordinal_of, parse_gpus
+from parnet_engines.planning.bundle_costs import gpu_costs_for
 from parnet_engines.planning.bundle_program import program_of
-from parnet_engines.planning.cost_table import estimate_costs
 from parnet_engines.planning.layouts import place_authors, place_whole
 from parnet_engines.planning.links import LINKS
 from parnet_engines.planning.plan import plan_streams
@@ -23,7 +22,7 @@ from parnet_export.samples import make_samples
 from parnet_export.splitting.antichain import heaviest_antichain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from parnet_engines.planning.evaluate import Objective
     from parnet_engines.schedule.check import CheckedProgram
@@ -42,6 +41,7 @@ def choose_on_gpus(
     devices: str,
     plan: str | Path,
     *,
+    gpus: Sequence[str],
     open_program: OpenProgram,
     lanes: int | None = None,
     objective: Objective = "latency",
@@ -53,6 +53,8 @@ def choose_on_gpus(
     ----------
     bundle, devices, plan, lanes, objective, in_flight
         As for `Session.open`.
+    gpus
+        The names of this machine's GPUs, by ordinal: plans go by what was measured on such ones.
     open_program
         Opens the candidates of plan ``"auto"``, which are measured.
 
@@ -69,17 +71,23 @@ def choose_on_gpus(
     if isinstance(plan, Path):
         return _read(plan, bundle, in_flight)
     overlapping = in_flight or (2 if objective == "throughput" else 1)
+    used = {name: gpus[ordinal_of(name)] for name in names}
     if plan == "auto":
-        offered = [_place(bundle, names, name, lanes, objective) for name in ("whole", "streams")]
+        offered = [_place(bundle, used, name, lanes, objective) for name in ("whole", "streams")]
         programs = [program_of(bundle, placement, overlapping) for placement in offered]
         return _quickest(bundle, programs, open_program)
-    return program_of(bundle, _place(bundle, names, plan, lanes, objective), overlapping)
+    return program_of(bundle, _place(bundle, used, plan, lanes, objective), overlapping)
 
 
 def _place(
-    bundle: Bundle, devices: Sequence[str], plan: str, lanes: int | None, objective: Objective
+    bundle: Bundle,
+    gpus: Mapping[str, str],
+    plan: str,
+    lanes: int | None,
+    objective: Objective,
 ) -> Placement:
-    graph = bundle.stream_graph
+    """Return the placement of a plan on devices, each with the name of its GPU."""
+    graph, devices = bundle.stream_graph, tuple(gpus)
     width = len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
     match plan:
         case "whole":
@@ -88,14 +96,7 @@ def _place(
             return place_authors(graph, lanes_on(devices, max(len(devices), lanes or width)))
         case "streams":
             offered = lanes_on(devices, max(len(devices), width) if lanes is None else lanes)
-            costs = estimate_costs(
-                graph,
-                TYPICAL_GPU,
-                whole=bundle.manifest.whole_cost,
-                max_busy_lanes=len(offered),
-                network=network_of(bundle),
-            )
-            scenario = Scenario(graph, costs, _LINK)
+            scenario = Scenario(graph, gpu_costs_for(bundle, gpus.values(), len(offered)), _LINK)
             return plan_streams(scenario, offered, objective).placement
     known = "auto, whole, streams, authors, or the path of a file"
     raise InputError(f"plan {plan!r}", "is unknown", f"Use {known}")

@@ -127,6 +127,7 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             bundle,
             devices,
             plan,
+            gpus=[gpu.name for gpu in driver.gpus()],
             open_program=load,
             lanes=lanes,
             objective=objective,

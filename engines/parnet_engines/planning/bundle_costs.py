@@ -18,7 +18,7 @@ from parnet_engines.planning.cost_table import (
     load_costs,
     save_costs,
 )
-from parnet_engines.planning.machine import describe_machine
+from parnet_engines.planning.machine import describe_machine, is_of_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -44,32 +44,59 @@ def network_of(bundle: Bundle) -> str:
 
 
 def load_bundle_costs(bundle: Bundle) -> CostTable:
-    """Return what was measured for a bundle on this machine; an empty table if nothing was.
+    """Return what was measured for a bundle on this machine's CPU; an empty table if nothing was.
 
     Raises
     ------
     InputError
         When the file with the costs is damaged.
     """
-    path, network = bundle.path / COSTS_NAME, network_of(bundle)
-    if path.exists():
-        costs = load_costs(path)
-        if costs.network == network:
-            return costs.of_environment(describe_machine())
-    return CostTable((), network)
+    return _stored(bundle).of_environment(describe_machine())
+
+
+def load_gpu_costs(bundle: Bundle, gpu: str) -> CostTable:
+    """Return what was measured for a bundle on GPUs of a name, by whatever runtime was last.
+
+    Raises
+    ------
+    InputError
+        When the file with the costs is damaged.
+    """
+    stored = _stored(bundle)
+    there = (e for e in stored.entries if e.device_kind == "cuda" and is_of_gpu(e.environment, gpu))
+    return CostTable(tuple(there), stored.network)
 
 
 def add_bundle_costs(bundle: Bundle, measured: Iterable[SegmentCost]) -> CostTable:
-    """Add measurements of this machine to those of a bundle, and return all of them.
+    """Add measurements to those of a bundle, and return all of them.
+
+    Earlier ones on the same kind of device stay if they belong to the same machine and
+    runtime; those on other kinds of device stay in any case.
 
     Raises
     ------
     InputError
         When the bundle's folder cannot be written to.
     """
-    costs = load_bundle_costs(bundle).updated(measured)
+    measured = tuple(measured)
+    kinds = {entry.device_kind for entry in measured}
+    environments = {entry.environment for entry in measured}
+    stored = _stored(bundle)
+    kept = tuple(
+        entry
+        for entry in stored.entries
+        if entry.device_kind not in kinds or entry.environment in environments
+    )
+    costs = CostTable(kept, stored.network).updated(measured)
     save_costs(bundle.path / COSTS_NAME, costs)
     return costs
+
+
+def _stored(bundle: Bundle) -> CostTable:
+    """Return all that lies with a bundle; an empty table if that is of another version of it."""
+    path, network = bundle.path / COSTS_NAME, network_of(bundle)
+    costs = load_costs(path) if path.exists() else None
+    return costs if costs is not None and costs.network == network else CostTable((), network)
 
 
 def costs_for(bundle: Bundle, lane_sets: Sequence[Sequence[Lane]]) -> CostTable:
@@ -96,6 +123,41 @@ def costs_for(bundle: Bundle, lane_sets: Sequence[Sequence[Lane]]) -> CostTable:
     if widths <= set(measured.widths((segment.name for segment in graph.segments), "cpu")):
         return measured
     return estimated_costs(bundle, lane_sets)
+
+
+def gpu_costs_for(bundle: Bundle, gpus: Iterable[str], lanes: int) -> CostTable:
+    """Return the costs of a bundle's segments on GPUs.
+
+    They are measured ones if all GPUs have one name and all segments were measured on such a
+    one, and estimates by `TYPICAL_GPU` otherwise.
+
+    Parameters
+    ----------
+    bundle
+        The bundle.
+    gpus
+        Their names.
+    lanes
+        How many lanes there are.
+
+    Raises
+    ------
+    InputError
+        When the file with the bundle's costs is damaged.
+    """
+    graph = bundle.stream_graph
+    kinds = set(gpus)
+    if len(kinds) == 1:
+        measured = load_gpu_costs(bundle, *kinds)
+        if measured.widths((segment.name for segment in graph.segments), "cuda"):
+            return measured
+    return estimate_costs(
+        graph,
+        TYPICAL_GPU,
+        whole=bundle.manifest.whole_cost,
+        max_busy_lanes=lanes,
+        network=network_of(bundle),
+    )
 
 
 def estimated_costs(bundle: Bundle, lane_sets: Sequence[Sequence[Lane]]) -> CostTable:

@@ -50,9 +50,12 @@ _WARM_UPS = 2
 
 
 def measure_costs(
-    bundle: Bundle, lanes: Sequence[Lane], open_program: OpenProgram
+    bundle: Bundle,
+    lanes: Sequence[Lane],
+    open_program: OpenProgram,
+    environment: str | None = None,
 ) -> tuple[SegmentCost, ...]:
-    """Time every segment on lanes of CPU cores.
+    """Time every segment on lanes of CPU cores, or of a GPU.
 
     Parameters
     ----------
@@ -62,6 +65,8 @@ def measure_costs(
         The lanes that a plan is to use at the same time.
     open_program
         Opens a session for one lane.
+    environment
+        What the measurements belong to; by default this machine with ONNX Runtime on its CPU.
 
     Returns
     -------
@@ -86,15 +91,20 @@ def measure_costs(
             session.run(inputs)
         return session
 
-    shared = shared_segments(bundle.stream_graph)
+    where = environment or describe_machine()
     costs: list[SegmentCost] = []
     for device in dict.fromkeys(lane.device for lane in lanes):
         there = [lane for lane in lanes if lane.device == device]
-        costs += _time_device(there, shared, open_lane, inputs)
+        # Only cores can be shared; a GPU sees to it by itself.
+        on_cores = any(lane.cores for lane in there)
+        shared = shared_segments(bundle.stream_graph) if on_cores else frozenset()
+        costs += _time_device(there, shared, open_lane, inputs, where)
     return CostTable().updated(costs).entries
 
 
-def measure_whole(bundle: Bundle, lane: Lane, open_program: OpenProgram) -> tuple[SegmentCost, ...]:
+def measure_whole(
+    bundle: Bundle, lane: Lane, open_program: OpenProgram, environment: str | None = None
+) -> tuple[SegmentCost, ...]:
     """Time the whole graph as one engine, alone on a lane.
 
     The parameters and errors are those of `measure_costs`.
@@ -104,7 +114,7 @@ def measure_whole(bundle: Bundle, lane: Lane, open_program: OpenProgram) -> tupl
     with open_program(program, record=True, beside_others=True) as session:
         for _ in range(_WARM_UPS):
             session.run(inputs)
-        return tuple(_time([session], inputs))
+        return tuple(_time([session], inputs, environment or describe_machine()))
 
 
 def _time_device(
@@ -112,21 +122,22 @@ def _time_device(
     shared: frozenset[str],
     open_lane: Callable[[Lane], Runner],
     inputs: Tensors,
+    environment: str,
 ) -> Iterator[SegmentCost]:
     """Yield what segments take on lanes of one device, alone and together."""
     with ExitStack() as stack:
         sessions = {lane: stack.enter_context(open_lane(lane)) for lane in lanes}
         by_width = {lane_threads(lane): session for lane, session in sessions.items()}
         for session in by_width.values():
-            yield from _time([session], inputs)
+            yield from _time([session], inputs, environment)
         if len(lanes) == 1:
             return
-        together = _time(list(sessions.values()), inputs)
+        together = _time(list(sessions.values()), inputs, environment)
         yield from (cost for cost in together if cost.segment not in shared)
     if shared:
         all_cores = tuple(core for lane in lanes for core in lane.cores)
         with open_lane(Lane("all", lanes[0].device, all_cores)) as session:
-            alone = _time([session], inputs)
+            alone = _time([session], inputs, environment)
         yield from alone
         for cost in alone:
             if cost.segment in shared:
@@ -140,7 +151,7 @@ def _all_segments_on(bundle: Bundle, lane: Lane) -> CheckedProgram:
     return program_of(bundle, Placement((lane,), in_order))
 
 
-def _time(sessions: Sequence[Runner], inputs: Tensors) -> list[SegmentCost]:
+def _time(sessions: Sequence[Runner], inputs: Tensors, environment: str) -> list[SegmentCost]:
     """Return what segments take in sessions that run side by side."""
     durations_ns: dict[tuple[str, str, int], list[int]] = defaultdict(list)
     for recording in _run_together(sessions, inputs):
@@ -148,9 +159,9 @@ def _time(sessions: Sequence[Runner], inputs: Tensors) -> list[SegmentCost]:
         for span in recording.busy_by_lane[lane.name]:
             situation = span.label, device_kind(lane.device), lane_threads(lane)
             durations_ns[situation].append(span.duration_ns)
-    busy, machine = len(sessions), describe_machine()
+    busy = len(sessions)
     return [
-        SegmentCost(*situation, busy, median(samples_ns) / 1e6, "measured", machine)
+        SegmentCost(*situation, busy, median(samples_ns) / 1e6, "measured", environment)
         for situation, samples_ns in durations_ns.items()
     ]
 

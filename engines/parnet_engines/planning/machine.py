@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parnet_engines.planning.devices import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _RUNTIMES = {
@@ -15,6 +19,13 @@ _RUNTIMES = {
     "torch": ("torch",),
 }
 """The distributions that a runtime for the CPU comes in."""
+
+_GPU_RUNTIMES = {
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "tensorrt": ("tensorrt", "tensorrt-rtx"),
+    "torch": ("torch",),
+}
+"""The distributions that a runtime for GPUs comes in."""
 
 
 def describe_machine(engine: str = "onnxruntime") -> str:
@@ -28,12 +39,35 @@ def describe_machine(engine: str = "onnxruntime") -> str:
         The runtime for the CPU, such as ``"openvino"``.
     """
     parts = [_processor(), f"{len(usable_cores())} cores", platform.machine()]
-    for name in _RUNTIMES[engine]:
+    return ", ".join([*parts, *_versions(_RUNTIMES[engine])])
+
+
+def describe_gpu_machine(gpu: str, engine: str) -> str:
+    """Return a GPU's name, and runtime with its version; nothing is imported.
+
+    Parameters
+    ----------
+    gpu
+        The GPU's name.
+    engine
+        The runtime for GPUs, such as ``"torch"``.
+    """
+    return ", ".join([gpu, *_versions(_GPU_RUNTIMES[engine])])
+
+
+def is_of_gpu(environment: str, gpu: str) -> bool:
+    """Return whether `describe_gpu_machine` has said this of a GPU, whatever the runtime."""
+    return environment.startswith(f"{gpu}, ")
+
+
+def _versions(distributions: Iterable[str]) -> list[str]:
+    found = []
+    for name in distributions:
         try:
-            parts.append(f"{name} {importlib.metadata.version(name)}")
+            found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(parts)
+    return found
 
 
 def _processor() -> str:
