@@ -68,7 +68,6 @@ def timeline(
 ) -> None:
     """Record inferences, and say how far lanes overlap and what keeps them from it."""
     from parnet_bench.report.timeline_report import record, render, report_on
-    from parnet_engines.cuda.session import CudaSession
     from parnet_engines.session import PLANS, Session
     from parnet_engines.timeline.picture import render_timeline_svg
     from parnet_engines.timeline.trace_file import encode_trace
@@ -101,9 +100,7 @@ def timeline(
     ):
         recording = record(session, inputs, inferences=inferences, warm_ups=warm_up)
     program = session.program.program
-    used: str = "onnxruntime" if engine == "auto" else engine
-    if isinstance(session, CudaSession):
-        used = session.engine
+    used = session.engine
     report, shown = report_on(
         session,
         recording,
@@ -122,27 +119,17 @@ def timeline(
 
 def _describe_machine(devices: str, engine: str) -> str:
     """Return what latencies on these devices depend on, in one line."""
-    from parnet_bench.machine.environment import library_versions
     from parnet_bench.targets.row_devices import gpus_of
-    from parnet_engines.planning.machine import describe_machine
+    from parnet_engines.planning.machine import describe_gpu_machine, describe_machine
     from parnet_engines.tensorrt.build_place import describe_driver
 
     gpus = gpus_of([devices])
     if not gpus:
         return describe_machine(engine)
+    names = ", ".join(dict.fromkeys(gpu.name for gpu in gpus))
     driver = describe_driver()
-    runtimes = {
-        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-        "tensorrt": ("tensorrt", "tensorrt-rtx"),
-        "torch": ("torch",),
-    }
-    versions = library_versions(runtimes[engine])
-    parts = [
-        *dict.fromkeys(gpu.name for gpu in gpus),
-        *([f"driver {driver}"] if driver else []),
-        *(f"{name} {version}" for name, version in versions.items()),
-    ]
-    return ", ".join(parts)
+    machine = describe_gpu_machine(names, engine)
+    return f"{machine}, driver {driver}" if driver else machine
 
 
 def _isolated_costs(

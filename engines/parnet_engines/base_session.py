@@ -54,6 +54,8 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
     engines
         An engine for each segment and lane that runs it. The session owns them: `close`
         closes them.
+    engine
+        Name of the engines' runtime.
     timeout_s
         Time limit of an inference in seconds.
     record
@@ -74,6 +76,7 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
         program: CheckedProgram,
         engines: Mapping[tuple[str, str], EngineT],
         *,
+        engine: str = "",
         timeout_s: float | None = None,
         record: bool = False,
     ) -> None:
@@ -91,6 +94,7 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
             )
         self._checked_program = program
         self._engines = dict(engines)
+        self._engine_name = engine
         self._timeout_s = timeout_s
         self._clock = MonotonicClock() if record else None
         buffers = program.program.buffers_by_name
@@ -126,6 +130,11 @@ class BaseSession(ABC, Generic[EngineT, InterpreterT]):
     def engines(self) -> tuple[EngineT, ...]:
         """The engines that are open, each once."""
         return tuple(dict.fromkeys(self._engines.values()))
+
+    @property
+    def engine(self) -> str:
+        """The runtime of the engines."""
+        return self._engine_name
 
     @property
     @abstractmethod

@@ -54,6 +54,8 @@ class Session(BaseSession["Engine", "Host"]):
     engines
         An engine for each segment and lane that runs it. The session owns them: `close`
         closes them.
+    engine
+        Name of the engines' runtime.
     pin
         Whether the threads of the lanes are pinned to their cores, where the system can.
         The origin lane runs in the thread that calls `run`, which is pinned meanwhile.
@@ -78,11 +80,12 @@ class Session(BaseSession["Engine", "Host"]):
         program: CheckedProgram,
         engines: Mapping[tuple[str, str], Engine],
         *,
+        engine: str = "",
         pin: bool = True,
         timeout_s: float | None = None,
         record: bool = False,
     ) -> None:
-        super().__init__(program, engines, timeout_s=timeout_s, record=record)
+        super().__init__(program, engines, engine=engine, timeout_s=timeout_s, record=record)
         self._pin = pin and can_pin()
 
     @classmethod
@@ -242,7 +245,7 @@ class Session(BaseSession["Engine", "Host"]):
         pin = pin and pins_all_threads(engine, bundle, program.program)
         spin: Spin = "always" if alone else "in_runs"
         engines = load_engines(bundle, program.program, pin=pin, spin=spin, engine=engine)
-        return cls(program, engines, pin=pin, record=record, timeout_s=timeout_s)
+        return cls(program, engines, engine=engine, pin=pin, record=record, timeout_s=timeout_s)
 
     @property
     def execution(self) -> Execution:

@@ -212,7 +212,9 @@ def _parity(request: Request, bundle: Bundle) -> tuple[bool, str]:
     rows = proof.rows
     worst = max(rows, key=lambda row: row.relative_error)
     failed = [row.subject for row in rows if not row.passed]
-    text = f"{len(rows)} compared, worst {worst.subject}: {worst.relative_error:.1e}"
+    text = (
+        f"{len(rows)} of {proof.engine} compared, worst {worst.subject}: {worst.relative_error:.1e}"
+    )
     return not failed, text + (f"; outside the limits: {', '.join(failed)}" if failed else "")
 
 

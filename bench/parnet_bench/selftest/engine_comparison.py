@@ -261,7 +261,6 @@ class _Preparation:
             sessions,
             network.name,
             WHOLE_ENGINE,
-            request.engine,
             lambda: Session.open(network.bundle, first, plan="whole", engine=request.engine),
         )
 

@@ -132,7 +132,6 @@ def open_session_row(
     stack: contextlib.ExitStack,
     network: str,
     name: str,
-    engine: str,
     open_session: Callable[[], AnySession],
 ) -> EngineRow:
     """Return a row for a session, which the stack closes.
@@ -141,8 +140,8 @@ def open_session_row(
     ----------
     stack
         Closes it.
-    network, name, engine
-        As for `EngineRow`; the engine as for `Session.open`.
+    network, name
+        As for `EngineRow`.
     open_session
         Opens it.
     """
@@ -152,11 +151,7 @@ def open_session_row(
         run()
     except Exception as error:  # noqa: BLE001 - whatever one way raises, the others are tried
         return EngineRow(network, name, None, reason=reason_of(error))
-    if isinstance(session, CudaSession):
-        engine = session.engine
-    elif engine == "auto":
-        engine = "onnxruntime"
-    return EngineRow(network, name, run, engine, str(session.execution))
+    return EngineRow(network, name, run, session.engine, str(session.execution))
 
 
 def session_rows(
@@ -204,16 +199,16 @@ def session_rows(
         )
 
     row = partial(open_session_row, stack, network)
-    found = row(WHOLE_ENGINE, engine, whole)
+    found = row(WHOLE_ENGINE, whole)
     yield found
     if engine == "auto" and found.run is not None:
         engine = found.engine
     if names_gpus(first):
-        yield row("whole engine, no CUDA graph", engine, without_graph)
-        yield row("whole engine, aux streams", engine, with_aux_streams)
+        yield row("whole engine, no CUDA graph", without_graph)
+        yield row("whole engine, aux streams", with_aux_streams)
     boundary: Boundary | None = "linear" if has_vectors else None
-    yield row(SPLIT, engine, partial(streams, boundary))
+    yield row(SPLIT, partial(streams, boundary))
     if has_vectors:
-        yield row(SPLIT_BY_VECTORS, engine, partial(streams, "vector"))
+        yield row(SPLIT_BY_VECTORS, partial(streams, "vector"))
     if names_gpus(first):
-        yield row("authors' layout", engine, authors)
+        yield row("authors' layout", authors)

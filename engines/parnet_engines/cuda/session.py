@@ -72,11 +72,10 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
         timeout_s: float | None = None,
         record: bool = False,
     ) -> None:
-        super().__init__(program, engines, timeout_s=timeout_s, record=record)
+        super().__init__(program, engines, engine=engine, timeout_s=timeout_s, record=record)
         self._driver = driver
         self._use_graphs = use_graphs
         self._execution: Execution | None = None
-        self._engine_name = engine
         self._home = ordinal_of(program.program.origin.device)
         self._usable = UsablePlaces(driver, self._home)
         self._uploaded: list[NDArray[Any]] | None = None
@@ -172,11 +171,6 @@ class CudaSession(BaseSession["CudaEngine", CudaHost]):
             record=record,
             timeout_s=timeout_s,
         )
-
-    @property
-    def engine(self) -> str:
-        """The runtime of the engines."""
-        return self._engine_name
 
     @property
     def device(self) -> int:

@@ -59,11 +59,14 @@ class DeviceProof:
         How many inputs were compared.
     engines
         Those that a build has stored; other runtimes make theirs when they load a graph.
+    engine
+        The runtime that ran; two if the segments and the whole graph had different ones.
     """
 
     rows: tuple[Accuracy, ...]
     samples: int
     engines: tuple[ProvenEngine, ...] = ()
+    engine: str = ""
 
 
 def prove_on_devices(
@@ -106,13 +109,15 @@ def prove_on_devices(
         max_aux_streams=max_aux_streams,
     ) as session:
         split = [session.inspect(sample) for sample in samples]
-        engines = _stored(session)
+        engines, runtimes = _stored(session), [session.engine]
     with Session.open(
         bundle, devices, plan="whole", engine=engine, max_aux_streams=max_aux_streams
     ) as session:
         whole = [session.run(sample) for sample in samples]
         engines += _stored(session)
-    return DeviceProof(compare(bundle, references, split, whole), len(samples), engines)
+        runtimes.append(session.engine)
+    rows = compare(bundle, references, split, whole)
+    return DeviceProof(rows, len(samples), engines, " and ".join(dict.fromkeys(runtimes)))
 
 
 def compare(

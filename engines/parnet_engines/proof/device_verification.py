@@ -29,8 +29,10 @@ class DeviceVerification:
 
     Parameters
     ----------
-    devices, engine
+    devices
         As they were asked for.
+    engine
+        The runtime that ran.
     rows
         As in `parnet_engines.proof.device_proof.DeviceProof`.
     polygraphy
@@ -118,11 +120,11 @@ def verify_on(
             bundle, devices, engine=engine, boundary=boundary, max_aux_streams=max_aux_streams
         ) as session:
             results = [session.run(feed) for feed in feeds]
-        name = f"{engine} on {devices}"
+        name = f"{proof.engine} on {devices}"
         limit = LIMITS[bundle.manifest.precision].relative_error
         kept = compare_and_save(bundle, feeds, results, save, name=name, limit=limit)
     passed = all(row.passed for row in proof.rows) and (kept is None or kept.passed)
-    return DeviceVerification(devices, engine, proof.rows, kept, passed, recorded, problems)
+    return DeviceVerification(devices, proof.engine, proof.rows, kept, passed, recorded, problems)
 
 
 def table(found: DeviceVerification) -> Table:

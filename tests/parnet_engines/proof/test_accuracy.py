@@ -110,6 +110,7 @@ def bundle(request, tmp_path_factory):
 def test_engines_on_the_cpu_agree_with_the_reference(bundle):
     proof = prove_on_devices(bundle, "cpu", random_samples=1)
     assert proof.engines == ()
+    assert proof.engine == "onnxruntime"
     rows = proof.rows
     segments = [segment.name for segment in bundle.stream_graph.segments]
     assert [row.subject for row in rows] == [*segments, "split", "whole"]

@@ -278,7 +278,7 @@ def test_engines_with_auxiliary_streams_are_verified_by_their_number(
     assert set(with_streams.values()).isdisjoint(sidecars.values())
     run_verify(bundle, "--devices", 0, "--max-aux-streams", 2, "--json")
     noted = json.loads(capsys.readouterr().out)["devices"]
-    assert noted["passed"]
+    assert (noted["engine"], noted["passed"]) == ("tensorrt", True)
     assert set(map(Path, noted["recorded"])) == set(with_streams.values())
     assert all(verified(with_streams).values())
     assert not any(verified(sidecars).values())
