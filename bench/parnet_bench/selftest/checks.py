@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parnet_bench.machine.environment import Environment, read_environment
+from parnet_bench.selftest.engine_builds import build_all, choose_build_places
 from parnet_bench.selftest.failure import reason_of
 from parnet_bench.targets.row_devices import gpu_ordinals
 from parnet_engines.clock import MonotonicClock
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from parnet_engines.base_session import AnySession
     from parnet_engines.session import Plan
+    from parnet_engines.tensorrt.build_place import BuildPlace
     from parnet_export.bundle import Bundle, Precision
 
 SCHEMA_VERSION = 1
@@ -127,10 +129,13 @@ def run_selftest(request: Request, progress: Callable[[str], None]) -> SelfTest:
 
     Raises
     ------
-    InputError
-        When the devices are not there.
+    InputError, MissingBackendError
+        When the devices are not there, or TensorRT is asked for and cannot be used.
     """
     hardware = _hardware(request.devices)
+    places, no_engines = choose_build_places(request.devices, request.engine)
+    if no_engines:
+        progress(no_engines)
     checks = []
     with tempfile.TemporaryDirectory(prefix="parnet-selftest-") as folder:
         progress(f"making a bundle of {request.network}")
@@ -140,7 +145,7 @@ def run_selftest(request: Request, progress: Callable[[str], None]) -> SelfTest:
         bundle, _ = make_bundle(
             model, provenance, Path(folder) / "b", precision=request.precision, prove=False
         )
-        for name, check in _checks(request, bundle, Path(folder)):
+        for name, check in _checks(request, bundle, Path(folder), places, progress):
             progress(name)
             try:
                 passed, detail = check()
@@ -175,9 +180,15 @@ def _hardware(devices: str) -> tuple[str, ...]:
 
 
 def _checks(
-    request: Request, bundle: Bundle, folder: Path
+    request: Request,
+    bundle: Bundle,
+    folder: Path,
+    places: tuple[BuildPlace, ...],
+    progress: Callable[[str], None],
 ) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
     first = request.devices.split(",")[0]
+    if places:
+        yield "TensorRT engines", lambda: _build(bundle, places, folder, progress)
     yield "engines against float32", lambda: _parity(request, bundle)
     yield "lanes on one device", lambda: _same_as_whole(request, bundle, first, "streams")
     yield "copies between devices", lambda: _dealt_out(request, bundle, folder)
@@ -205,6 +216,20 @@ def _image(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
         spec.name: generator.standard_normal(spec.resolve()).astype(spec.dtype)
         for spec in bundle.stream_graph.inputs
     }
+
+
+def _build(
+    bundle: Bundle, places: tuple[BuildPlace, ...], folder: Path, progress: Callable[[str], None]
+) -> tuple[bool, str]:
+    built: list[str] = []
+
+    def note(text: str) -> None:
+        built.append(text)
+        progress(text)
+
+    problems = list(build_all(bundle, places, note, timing_cache=folder / "timing.cache"))
+    targets = ", ".join(str(place.target) for place in places)
+    return not problems, " ".join(problems) or f"{len(built)} built for {targets}"
 
 
 def _parity(request: Request, bundle: Bundle) -> tuple[bool, str]:

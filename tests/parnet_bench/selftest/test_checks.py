@@ -11,7 +11,11 @@ from parnet_engines.cuda.driver import CudaError
 from parnet_engines.proof.accuracy import LIMITS, Accuracy
 from parnet_engines.proof.device_proof import DeviceProof
 from parnet_engines.runtimes import ort_cuda
+from parnet_engines.tensorrt.build_place import BuildPlace
+from parnet_engines.tensorrt.options import Target
 from parnet_export.errors import InputError
+
+PLACE = BuildPlace(Target("tensorrt", ("9.0",)))
 
 
 def test_the_selftest_tries_everything_on_the_cpu(run_cli, tmp_path):
@@ -115,3 +119,41 @@ def test_the_selftest_in_half_precision_compares_boundaries(recorder, monkeypatc
     (check,) = [c for c in found.checks if c.name == "linear tensors and vectors between engines"]
     assert check.passed
     assert check.detail == "linear: relative error 1.0e-04, vector: relative error 1.0e-04"
+
+
+@pytest.mark.parametrize(
+    "problems", [(), ("net: engines with aux streams could not all be built",)]
+)
+def test_the_selftest_builds_the_engines_that_it_runs(recorder, monkeypatch, problems):
+    built = []
+
+    def build(bundle, places, progress, *, timing_cache):
+        assert (places, timing_cache.parent) == ((PLACE,), bundle.path.parent)
+        built.append(bundle.path)
+        progress("engine of whole built in 1.0 s")
+        yield from problems
+
+    def load(bundle, *arguments, **options):
+        assert bundle.path in built
+        return load_on_recorder(bundle, *arguments, **options)
+
+    load_on_recorder = ort_cuda.load_engines
+    monkeypatch.setattr(selftest, "choose_build_places", lambda *_: ((PLACE,), ""))
+    monkeypatch.setattr(selftest, "build_all", build)
+    monkeypatch.setattr("parnet_engines.tensorrt.run.load_engines", load)
+    told = []
+    found = selftest.run_selftest(selftest.Request("0", "tensorrt"), told.append)
+    first, *others = found.checks
+    assert all(check.passed for check in others), others
+    assert (first.name, first.passed) == ("TensorRT engines", not problems)
+    assert first.detail == (problems[0] if problems else f"1 built for {PLACE.target}")
+    assert "of tensorrt compared" in others[0].detail
+    assert "engine of whole built in 1.0 s" in told
+
+
+def test_a_selftest_says_why_it_has_no_engines_of_tensorrt(recorder, monkeypatch):
+    monkeypatch.setattr(selftest, "choose_build_places", lambda *_: ((), "No TensorRT engines: x"))
+    told = []
+    found = selftest.run_selftest(selftest.Request("0", "onnxruntime"), told.append)
+    assert found.passed
+    assert told[0] == "No TensorRT engines: x"
