@@ -83,6 +83,7 @@ def test_a_process_that_allows_tf32_gets_float32_all_the_same(single_bundle, ima
             found = session.run({"image": image})["logits"]
     finally:
         torch.backends.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = True  # as torch starts
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -93,7 +93,7 @@ def torch_row(
     way = "torch.compile, reduce-overhead" if compiled else "eager"
     try:
         module, image = place()
-        if image.is_cuda and image.dtype is torch.float32 and torch.backends.cudnn.allow_tf32:
+        if image.is_cuda and image.dtype is torch.float32 and _convolves_in_tf32():
             way += ", convolutions in TF32"  # as torch does unless told otherwise
         run = _torch_runs(module, image, compiled=compiled)
         skipped = _graphs_skipped()
@@ -119,6 +119,12 @@ def _torch_runs(module: nn.Module, image: torch.Tensor, *, compiled: bool) -> Ca
             torch.cuda.synchronize(image.device)
 
     return run
+
+
+def _convolves_in_tf32() -> bool:
+    # Torch does not tell the older setting, `allow_tf32`, to everybody who has used this one.
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(convolutions.fp32_precision == "tf32")
 
 
 def _graphs_skipped() -> int:
