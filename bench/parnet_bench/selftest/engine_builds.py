@@ -1,4 +1,4 @@
-"""The TensorRT engines that a comparison needs, where TensorRT is wanted and installed."""
+"""The TensorRT engines that a comparison or a self-test needs, where TensorRT is installed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_all(
     timing_cache: Path,
     whole_only: bool = False,
 ) -> Iterator[str]:
-    """Build what the rows of a bundle run; each kind of engine whether or not others fail.
+    """Build what is run of a bundle; each kind of engine whether or not others fail.
 
     Parameters
     ----------
