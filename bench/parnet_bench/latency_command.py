@@ -4,13 +4,19 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from parnet_bench.latency_options import (
+    check_plan,
+    check_times,
+    parse_batches,
+    parse_percentiles,
+    parse_share,
+)
 from parnet_export import console, files
 from parnet_export.errors import InputError
 
@@ -21,7 +27,6 @@ if TYPE_CHECKING:
     from parnet_bench.results.result import Result
     from parnet_bench.targets.request import Request
 
-PLAN_NAMES = ("streams", "auto", "authors", "whole")
 
 FAILED_EXIT_CODE = 1
 """When some rows could not be measured."""
@@ -119,6 +124,12 @@ def latency(
         int | None,
         typer.Option(min=1, help="Segments that may run at the same time.", metavar="N"),
     ] = None,
+    engine: Annotated[
+        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
+        typer.Option(
+            help="Runtime of every row. auto: onnxruntime; on GPUs the first that can be used."
+        ),
+    ] = "auto",
     boundary: Annotated[
         Literal["linear", "vector"] | None,
         typer.Option(
@@ -243,9 +254,16 @@ def latency(
     from parnet_bench.targets.row_devices import check_devices
 
     _refuse(context, _OF_SCENARIOS if scenario is None else _OF_ROUNDS, scenario)
-    check_devices(devices, threads=threads, data_transfers=data_transfers, boundary=boundary)
-    _check_times(max_time, min_time)
-    _check_plan(plan)
+    check_devices(
+        devices,
+        threads=threads,
+        data_transfers=data_transfers,
+        engine=engine,
+        plan=plan,
+        boundary=boundary,
+    )
+    check_times(max_time, min_time)
+    check_plan(plan)
     if ckpt is None and (arch or use_ema or activation != "auto"):
         option = "--arch" if arch else "--use-ema" if use_ema else "--activation"
         raise InputError(option, "says how --ckpt is read, which is not there", "Give --ckpt")
@@ -264,6 +282,7 @@ def latency(
         threads=threads,
         lanes=lanes,
         plan=plan,
+        engine=engine,
         boundary=boundary,
         seed=seed,
         task=task,
@@ -310,40 +329,6 @@ def register(app: typer.Typer) -> None:
     app.command()(latency)
 
 
-def parse_batches(text: str | None) -> tuple[int, ...]:
-    """Return the batch sizes of ``--batch``: ``"1,8"``."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError("--batch", f"{text!r} are no batch sizes", "Use numbers such as 1,8")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def parse_share(text: str) -> float:
-    """Return the share of ``--target-ci``: ``"1%"`` or ``"0.01"``."""
-    number, percent, rest = text.strip().partition("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1 or rest:
-        raise InputError("--target-ci", f"{text!r} is no share", "Use a percentage such as 1%")
-    return share
-
-
-def parse_percentiles(text: str) -> tuple[float, ...]:
-    """Return the percentiles of ``--percentiles``: ``"50,90,99"``."""
-    try:
-        found = tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        found = ()
-    if not found or not all(0 < percent < 100 for percent in found):
-        problem = f"{text!r} are no percentiles"
-        raise InputError("--percentiles", problem, "Use numbers between 0 and 100: 50,90,99")
-    return found
-
-
 def _refuse(context: typer.Context, parameters: Sequence[str], scenario: str | None) -> None:
     """Refuse parameters that were given and cannot apply with a scenario, or without one."""
     for parameter in context.command.params:
@@ -355,21 +340,6 @@ def _refuse(context: typer.Context, parameters: Sequence[str], scenario: str | N
                 raise InputError(option, "is of a --scenario, which is not there", "Give one")
             problem = f"is of measuring in rounds, and --scenario {scenario} has none"
             raise InputError(option, problem, "Leave it out")
-
-
-def _check_times(max_time: float, min_time: float) -> None:
-    if not 0 < max_time < math.inf:
-        raise InputError("--max-time", f"{max_time} is not a time", "Give seconds above 0")
-    if not 0 <= min_time < math.inf:
-        raise InputError("--min-time", f"{min_time} is not a time", "Give seconds, 0 or more")
-
-
-def _check_plan(plan: str) -> None:
-    if plan not in PLAN_NAMES and not Path(plan).is_file():
-        known = ", ".join(PLAN_NAMES)
-        raise InputError(
-            "--plan", f"{plan!r} is neither a plan nor a file", f"Use {known}, or a file"
-        )
 
 
 def _write_files(

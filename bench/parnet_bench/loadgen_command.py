@@ -63,6 +63,12 @@ def loadgen(
         Literal["fp32", "fp16"] | None,
         typer.Option(help="Element type of catalogue networks."),
     ] = None,
+    engine: Annotated[
+        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
+        typer.Option(
+            help="Runtime of every row. auto: onnxruntime; on GPUs the first that can be used."
+        ),
+    ] = "auto",
     target_qps: Annotated[
         float | None,
         typer.Option(min=0.001, help="Queries per second of the server scenario.", metavar="QPS"),
@@ -103,7 +109,7 @@ def loadgen(
     from parnet_bench.targets.row_devices import check_devices
 
     load = make_load(scenario, target_qps, target_latency, break_rules_seconds)
-    check_devices(devices, threads=threads)
+    check_devices(devices, threads=threads, engine=engine)
     request = Request(
         targets=tuple(targets),
         batches=() if batch is None else (batch,),
@@ -111,6 +117,7 @@ def loadgen(
         precision=precision,
         devices=devices,
         threads=threads,
+        engine=engine,
         seed=seed,
     )
     run_and_show(request, load, form=form, logs=logs, as_json=as_json, output=output)

@@ -17,6 +17,7 @@ from parnet_bench.latency_command import FAILED_EXIT_CODE
 from parnet_bench.measuring import latency
 from parnet_bench.measuring.measurement import NextTurn
 from parnet_bench.measuring.progress import describe
+from parnet_bench.results.comparability import refusals
 from parnet_bench.results.result import RowTimeline
 from parnet_bench.results.result_file import read_result
 from parnet_bench.workers.row_process import RowFailedError
@@ -129,6 +130,22 @@ def test_tables_and_json_say_that_weights_are_random(run, tiny_catalogue, tmp_pa
     assert rows[0]["summary"]["speedup"] == 1.0
 
 
+def test_every_row_runs_with_the_engine_that_is_asked_for(run, tiny_catalogue, tmp_path):
+    output = tmp_path / "result.json"
+    code, table, _ = run("parnet-tiny", "--engine", "torch", *BRIEF, "--output", output)
+    assert code == 0
+    assert "All rows: torch." in table
+    result = read_result(output)
+    assert {(row.engine, row.description.wanted_engine) for row in result.rows} == {
+        ("torch", "torch")
+    }
+    code, table, _ = run("parnet-tiny", *BRIEF, "--output", output)
+    assert "All rows" not in table
+    other = read_result(output)
+    assert {row.engine for row in other.rows} == {"onnxruntime"}
+    assert "the runtime" in {difference.what for difference in refusals(result, other)}
+
+
 def test_threads_are_the_cores_of_every_row(run, forked_bundle):
     _, text, _ = run(forked_bundle.path, "--threads", 1, *BRIEF, "--json")
     assert {len(row["cores"]) for row in json.loads(text)["rows"]} == {1}
@@ -150,6 +167,8 @@ def test_threads_are_the_cores_of_every_row(run, forked_bundle):
         (("resnet50", "--use-ema"), "says how --ckpt is read"),
         (("resnet50", "--processes", "0"), "--processes"),
         (("resnet50", "--plan", "absent.json"), "'absent.json' is neither a plan nor a file"),
+        (("resnet50", "--engine", "tensorrt"), "engine 'tensorrt'"),
+        (("resnet50", "--engine", "torch", "--plan", "auto"), "chooses by what onnxruntime takes"),
         (("resnet50", "--threads", "100000"), "--threads"),
         (("resnet50", "--min-time", "-1"), "is not a time"),
         (("resnet50", "--min-time", "nan"), "is not a time"),

@@ -23,7 +23,7 @@ import msgspec
 from parnet_bench.loadgen import scenarios as generator
 from parnet_bench.loadgen.scenarios import Load, make_log_settings, make_settings
 from parnet_bench.machine.own_process import end_with_parent, use_cores
-from parnet_bench.workers.job import Job  # noqa: TC001  # msgspec reads it
+from parnet_bench.workers.job import Job, open_session
 from parnet_export.errors import ParnetError
 
 if TYPE_CHECKING:
@@ -203,20 +203,10 @@ def main() -> None:
 
 def serve(work: ScenarioJob) -> None:
     """Load the row and run its test; the log is in the job's folder afterwards."""
-    from parnet_engines.cuda.devices import names_gpus
-    from parnet_engines.session import PLANS, Session
-
     module = generator.import_loadgen()
     job, folder = work.job, Path(work.folder)
     use_cores(job.cores)
-    opened = Session.open(
-        job.bundle,
-        job.devices,
-        plan=job.plan if job.plan in PLANS else Path(job.plan),
-        lanes=job.lanes,
-        threads=None if names_gpus(job.devices) else len(job.cores),
-    )
-    with opened as session:
+    with open_session(job, Path(job.bundle)) as session:
         load = work.load
         if not load.expected_ms:
             load = replace(load, expected_ms=_pilot_ms(session, job.sizes))

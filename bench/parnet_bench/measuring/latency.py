@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from parnet_bench.machine.peaks import Peaks
     from parnet_bench.measuring.measurement import Measurement, NextTurn
     from parnet_bench.results.procedure import Procedure
-    from parnet_bench.results.result import ProcessRecording
+    from parnet_bench.results.result import ProcessRecording, RowDescription
     from parnet_bench.targets.rows import PlannedRow
     from parnet_bench.workers.device_figures import DeviceFigures
     from parnet_bench.workers.turn import Turn, Worker
@@ -169,15 +169,15 @@ class _Run:
         rows = []
         for name, processes in measurement.recordings.items():
             recording = Recording(self._with_split(name, processes))
-            figures = self._told(name)
+            figures, description = self._told(name), self._rows[name].description
             rows.append(
                 Row(
-                    self._rows[name].description,
+                    description,
                     recording,
                     timeline=self._timelines.get(name),
                     footprint=self._footprint(name, recording),
                     energy=self._energy.of(name),
-                    engine=figures[0].engine if figures else "",
+                    engine=figures[0].engine if figures else _engine_on_cpu(description),
                     execution=figures[0].execution if figures else "",
                 )
             )
@@ -254,3 +254,10 @@ class _WatchedRow(RowProcess):
 
 def _reason(error: ParnetError) -> str:
     return error.problem if isinstance(error, RowFailedError) else str(error)
+
+
+def _engine_on_cpu(row: RowDescription) -> str:
+    """Return what a row on the CPU runs with; empty for one on GPUs, which tells it itself."""
+    if names_gpus(row.devices):
+        return ""
+    return "onnxruntime" if row.wanted_engine == "auto" else row.wanted_engine

@@ -148,7 +148,7 @@ def _row(name: str, before: RowDescription, after: RowDescription) -> Iterator[D
 
 
 def _way(before: Row, after: Row) -> Iterator[Difference]:
-    if before.engine and after.engine:  # old files, and rows on the CPU, do not tell
+    if before.engine and after.engine:  # old files do not tell
         yield from _differing(
             before.description.name,
             ("the runtime", before.engine, after.engine),

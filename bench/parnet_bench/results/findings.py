@@ -112,6 +112,8 @@ def _failed(result: Result, _: Sequence[RowSummary]) -> Iterator[Finding]:
         sentence = f"{name} {what}{where}: {row.reason}"
         devices = row.description.devices
         where_to_run = f" --devices {devices}" if names_gpus(devices) else ""
+        if row.description.wanted_engine != "auto":
+            where_to_run += f" --engine {row.description.wanted_engine}"
         remedy = f"Try it alone: `parnet-bench latency {row.description.target}{where_to_run}`."
         yield Finding("failed", name, sentence, remedy)
 

@@ -65,6 +65,8 @@ class RowDescription:
         How many segments may run at the same time; None leaves it to the plan.
     boundary
         How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
+    wanted_engine
+        The runtime that was asked for, as `parnet_engines.session.Session.open` takes it.
     """
 
     name: str
@@ -83,6 +85,7 @@ class RowDescription:
     plan: str = ""
     lanes: int | None = None
     boundary: Boundary | None = None
+    wanted_engine: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +218,7 @@ class Row:
     energy
         What one inference takes.
     engine
-        On GPUs, the runtime that was chosen.
+        The runtime that ran; empty in old files, and where a row on GPUs has not told it.
     execution
         On GPUs, how an inference was launched: as one CUDA graph, or otherwise and why.
     """

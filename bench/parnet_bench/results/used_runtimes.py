@@ -17,8 +17,8 @@ _ON_GPU = ("onnxruntime", "tensorrt", "torch")
 def used_runtimes(result: Result) -> dict[str, str]:
     """Return distributions and versions of the runtimes that a latency can depend on.
 
-    A result notes what is installed, and rows on GPUs note what was chosen. Where they do
-    not, in old files, what no device of them can run on is left out.
+    A result notes what is installed, and rows on GPUs note what was chosen. Where rows do
+    not, what no device of them can run on is left out.
     """
     is_on_cpu = all(row.description.devices.startswith("cpu") for row in result.rows)
     names: tuple[str, ...] = _ON_CPU if is_on_cpu else _ON_GPU
@@ -32,11 +32,11 @@ def used_runtimes(result: Result) -> dict[str, str]:
 
 
 def ways_of(result: Result) -> Iterator[str]:
-    """Yield which runtime was chosen for rows on GPUs, and how they were launched."""
+    """Yield which runtime rows have, if they tell, and on GPUs how they were launched."""
     by_way: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for row in result.rows:
-        if row.engine:
+        if row.execution or row.engine not in {"", *_ON_CPU}:  # which goes without saying
             by_way[row.engine, row.execution].append(row.description.name)
     for (engine, execution), names in by_way.items():
         rows = "All rows" if len(names) == len(result.rows) else ", ".join(names)
-        yield f"{rows}: {engine}, {execution}."
+        yield f"{rows}: {engine}{', ' if execution else ''}{execution}."

@@ -48,6 +48,8 @@ class Request:
         How many segments may run at the same time; by default as many as can.
     plan
         How segments are placed: a name of a plan, or the path of a program.
+    engine
+        The runtime of every row, as for `Session.open`.
     boundary
         How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
     seed
@@ -67,6 +69,7 @@ class Request:
     threads: int | None = None
     lanes: int | None = None
     plan: str = STREAMS
+    engine: str = "auto"
     boundary: Boundary | None = None
     seed: int = 0
     task: Task = "classification"

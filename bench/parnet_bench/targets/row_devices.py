@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from parnet_engines.cpu.engines import require_engine
 from parnet_engines.cuda.devices import names_gpus, open_driver, parse_gpus
+from parnet_engines.cuda.engines import require_cuda_engine
 from parnet_engines.planning.devices import parse_devices, usable_cores
 from parnet_export.errors import InputError
 
@@ -20,6 +22,8 @@ def check_devices(
     *,
     threads: int | None,
     data_transfers: bool = True,
+    engine: str = "auto",
+    plan: str = "streams",
     boundary: Boundary | None = None,
 ) -> None:
     """Refuse what cannot be measured on some devices, before anything is exported.
@@ -32,8 +36,15 @@ def check_devices(
         When GPUs are named and what drives them is not installed.
     """
     if names_gpus(devices):
+        if engine != "auto":
+            require_cuda_engine(engine)
         open_driver(parse_gpus(devices))
         return
+    if engine != "auto":
+        require_engine(engine)
+    if plan == "auto" and engine not in {"auto", "onnxruntime"}:
+        problem = f"chooses by what onnxruntime takes, and not {engine}"
+        raise InputError("--plan auto", problem, "Use --plan streams, or leave --engine out")
     if boundary is not None:
         problem = "is between engines on GPUs, and the devices are none"
         raise InputError("--boundary", problem, "Leave it out, or use --devices 0")

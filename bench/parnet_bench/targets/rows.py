@@ -236,6 +236,7 @@ class _Planner:
             plan=plan,
             lanes=lanes,
             boundary=request.boundary if form == "streams" else None,
+            wanted_engine=request.engine,
         )
         row = PlannedRow(description, bundle, sizes, plan)
         if plan != "auto" or names_gpus(devices):

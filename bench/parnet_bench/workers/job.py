@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parnet_engines.cuda.boundary import Boundary  # noqa: TC001 - msgspec reads it
+from parnet_engines.cuda.devices import names_gpus
 
 if TYPE_CHECKING:
     from parnet_bench.targets.rows import PlannedRow
+    from parnet_engines.base_session import AnySession
+    from parnet_export.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Job:
         Whether inferences on GPUs copy their inputs there and their outputs back.
     boundary
         How tensors between engines on GPUs lie in memory; None leaves it to the runtime.
+    engine
+        The runtime of the engines, as `parnet_engines.session.Session.open` takes it.
     """
 
     bundle: str
@@ -43,6 +49,7 @@ class Job:
     lanes: int | None = None
     data_transfers: bool = True
     boundary: Boundary | None = None
+    engine: str = "auto"
 
 
 def job_of(row: PlannedRow, *, data_transfers: bool = True) -> Job:
@@ -65,4 +72,39 @@ def job_of(row: PlannedRow, *, data_transfers: bool = True) -> Job:
         lanes=description.lanes,
         data_transfers=data_transfers,
         boundary=description.boundary,
+        engine=description.wanted_engine,
+    )
+
+
+def open_session(
+    job: Job, bundle: Bundle | Path, *, in_flight: int | None = None, record: bool = False
+) -> AnySession:
+    """Open what a job runs.
+
+    Parameters
+    ----------
+    job
+        The job.
+    bundle
+        Its bundle.
+    in_flight, record
+        As for `parnet_engines.session.Session.open`.
+
+    Raises
+    ------
+    ParnetError
+        As `Session.open`.
+    """
+    from parnet_engines.session import PLANS, Session
+
+    return Session.open(
+        bundle,
+        job.devices,
+        plan=job.plan if job.plan in PLANS else Path(job.plan),
+        engine=job.engine,
+        lanes=job.lanes,
+        threads=None if names_gpus(job.devices) else len(job.cores),
+        in_flight=in_flight,
+        record=record,
+        boundary=job.boundary,
     )

@@ -11,6 +11,7 @@ from parnet_bench.results.result import RowTimeline, SplitTimes
 from parnet_bench.targets.row_devices import gpu_ordinals
 from parnet_bench.workers.cache_flush import CacheFlush
 from parnet_bench.workers.device_figures import DeviceFigures
+from parnet_bench.workers.job import open_session
 from parnet_bench.workers.row_gpus import RowGpus
 from parnet_bench.workers.turn import one_at_a_time, several_in_flight
 from parnet_engines.cuda.devices import names_gpus, open_driver, parse_gpus
@@ -21,7 +22,7 @@ from parnet_engines.schedule import recording as recording_file
 from parnet_engines.schedule.check import CheckedProgram, checked
 from parnet_engines.schedule.lowering import lower
 from parnet_engines.schedule.placement import Assignment, Lane, Placement
-from parnet_engines.session import PLANS, Session
+from parnet_engines.session import Session
 from parnet_export.bundle import open_bundle
 from parnet_export.samples import make_samples
 from parnet_export.stream_graph import Cost, Segment, StreamGraph, TensorSpec
@@ -165,20 +166,10 @@ class LoadedRow:
         return self._flush
 
     def _open(self, in_flight: int = 1, *, record: bool = False) -> AnySession:
-        job = self._job
         if self._bundle is None:
             engines = {("null", "lane0"): NullEngine(null_graph()["null"])}
             return Session(null_program(in_flight), engines, pin=False)
-        return Session.open(
-            self._bundle,
-            job.devices,
-            plan=job.plan if job.plan in PLANS else Path(job.plan),
-            lanes=job.lanes,
-            threads=None if names_gpus(job.devices) else len(job.cores),
-            in_flight=in_flight,
-            record=record,
-            boundary=job.boundary,
-        )
+        return open_session(self._job, self._bundle, in_flight=in_flight, record=record)
 
     def __enter__(self) -> Self:
         return self

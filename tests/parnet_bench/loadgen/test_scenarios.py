@@ -202,6 +202,7 @@ def test_every_option_of_latency_applies_in_rounds_in_scenarios_or_in_both():
     known = {parameter.name for parameter in get_command(app).commands["latency"].params}
     rows = {"targets", "devices", "task", "ckpt", "arch", "activation", "use_ema", "baseline"}
     rows |= {"batch", "resolution", "precision", "plan", "lanes", "threads", "seed", "boundary"}
+    rows |= {"engine"}
     shown = {"as_json", "output", "help"}
     assert set(OF_ROUNDS) == set(latency_command._OF_ROUNDS)
     of_scenarios = {"scenario", *latency_command._OF_SCENARIOS}
@@ -359,10 +360,11 @@ def test_gpus_take_no_number_of_threads_and_plans_keep_their_names(
 
     monkeypatch.setattr(session.Session, "open", open_session)
     monkeypatch.setattr(loadgen_process, "use_cores", lambda _: None)
-    work = ScenarioJob(Job("b", plan, devices, (0,), {}), Load("offline", 1.0), "")
+    job = Job("b", plan, devices, (0,), {}, boundary="vector", engine="torch")
     with pytest.raises(InputError, match="is none"):
-        loadgen_process.serve(work)
+        loadgen_process.serve(ScenarioJob(job, Load("offline", 1.0), ""))
     assert (asked["devices"], asked["threads"], asked["plan"]) == (devices, threads, opened)
+    assert (asked["boundary"], asked["engine"]) == ("vector", "torch")
 
 
 def test_samples_may_be_unloaded_twice():

@@ -48,3 +48,11 @@ def test_a_boundary_is_for_gpus(monkeypatch):
         check_devices("cpu", threads=None, boundary="linear")
     monkeypatch.setattr(row_devices, "open_driver", lambda _: None)
     check_devices("0", threads=None, boundary="vector")
+
+
+def test_an_engine_is_one_for_the_devices(monkeypatch):
+    check_devices("cpu", threads=None, engine="openvino")
+    monkeypatch.setattr(row_devices, "open_driver", lambda _: None)
+    check_devices("0", threads=None, engine="tensorrt", plan="auto")
+    with pytest.raises(InputError, match="engine 'openvino': is none for GPUs"):
+        check_devices("0", threads=None, engine="openvino")
