@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ from parnet_engines.cuda.session import CudaSession
 from parnet_engines.session import Session
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Callable, Iterator
 
     from torch import nn
@@ -152,9 +152,11 @@ def open_session_row(
         Opens it.
     """
     try:
-        session = stack.enter_context(open_session())
-        run = resident_runs(session)
-        run()
+        with contextlib.ExitStack() as undo:  # one that cannot run must not keep its memory
+            session = undo.enter_context(open_session())
+            run = resident_runs(session)
+            run()
+            stack.push(undo.pop_all())
     except Exception as error:  # noqa: BLE001 - whatever one way raises, the others are tried
         return EngineRow(network, name, None, reason=reason_of(error))
     return EngineRow(network, name, run, session.engine, str(session.execution))

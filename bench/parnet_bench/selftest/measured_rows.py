@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _FIRST_KEPT = 1
-"""Of the rounds."""
+"""The first round is not recorded: a GPU that was at rest raises its clocks in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,24 @@ def test_both_boundaries_have_a_row_where_there_are_two(monkeypatch, precision, 
     assert dict(zip(names, asked, strict=True)) == wanted
 
 
+def test_a_session_whose_first_run_fails_is_closed_at_once(
+    recorder, exported, tmp_path, monkeypatch
+):
+    bundle, _ = make_bundle(*exported, tmp_path / "b", precision="fp16", prove=False)
+
+    def refuse(_):
+        def run():
+            raise RuntimeError("no memory")
+
+        return run
+
+    monkeypatch.setattr(engine_rows, "resident_runs", refuse)
+    with contextlib.ExitStack() as stack:
+        rows = list(engine_rows.session_rows(stack, "net", bundle, "0", "onnxruntime"))
+        assert not any(row.run for row in rows)
+        assert recorder.open_resources == {}
+
+
 def test_every_way_to_run_a_bundle_on_gpus_is_a_row(recorder, exported, tmp_path):
     bundle, _ = make_bundle(*exported, tmp_path / "b", precision="fp16", prove=False)
     with contextlib.ExitStack() as stack:

@@ -14,9 +14,10 @@ from parnet_engines.cuda.recording_driver import RecordingDriver
 
 @pytest.fixture
 def _collector_on():
+    was_on = gc.isenabled()
     gc.enable()
     yield
-    gc.enable()
+    (gc.enable if was_on else gc.disable)()
 
 
 def captured(enqueue) -> None:
