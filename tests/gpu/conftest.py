@@ -76,3 +76,44 @@ def memory_taken():
         return before - after
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def require_in_place():
+    """Require that a session takes torch tensors where they lie."""
+
+    def check(session, image):
+        expected = session.run({"image": image})["logits"]
+        source = torch.from_numpy(image).cuda()
+        target = torch.empty(expected.shape, device="cuda")
+        for _ in range(3):
+            target.zero_()
+            found = session.run({"image": source}, outputs={"logits": target})
+            assert found["logits"] is target
+            np.testing.assert_allclose(target.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def require_order():
+    """Require that a session runs after what a torch stream has, and before what it is given."""
+
+    def check(session, image):
+        expected = session.run({"image": image})["logits"]
+        stream = torch.cuda.Stream()
+        source = torch.zeros(image.shape, device="cuda")
+        target = torch.empty(expected.shape, device="cuda")
+        session.run({"image": source}, outputs={"logits": target}, stream=stream)
+        torch.cuda.synchronize()
+        host = torch.from_numpy(image).pin_memory()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # tens of milliseconds, which the inference has to wait
+            source.copy_(host, non_blocking=True)
+            session.run({"image": source}, outputs={"logits": target}, stream=stream)
+            copied = target.clone()
+            source.zero_()  # after the inference has read it
+        stream.synchronize()
+        np.testing.assert_allclose(copied.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+    return check
