@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from parnet_bench.loadgen.scenarios import Load, Outcome, Scenario
     from parnet_bench.machine.environment import Environment
     from parnet_bench.results.result import Form
+    from parnet_bench.targets.planned_row import PlannedRow
     from parnet_bench.targets.request import Request
-    from parnet_bench.targets.rows import PlannedRow
 
 KIND = "parnet-bench loadgen"
 SCHEMA_VERSION = 1

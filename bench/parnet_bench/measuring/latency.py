@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from parnet_bench.measuring.measurement import Measurement, NextTurn
     from parnet_bench.results.procedure import Procedure
     from parnet_bench.results.result import ProcessRecording, RowDescription
-    from parnet_bench.targets.rows import PlannedRow
+    from parnet_bench.targets.planned_row import PlannedRow
     from parnet_bench.workers.device_figures import DeviceFigures
     from parnet_bench.workers.turn import Turn, Worker
     from parnet_export.errors import ParnetError

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from parnet_bench.results.result import RowDescription
 from parnet_bench.targets import graphs
 from parnet_bench.targets.graphs import Geometry
+from parnet_bench.targets.planned_row import PlannedRow
 from parnet_bench.targets.request import STREAMS, Request, with_default_targets
 from parnet_bench.targets.row_devices import cores_of, first_device
+from parnet_bench.targets.row_engines import with_engines
 from parnet_engines.cuda.boundary import require_boundary
 from parnet_engines.cuda.devices import names_gpus
 from parnet_export import files
@@ -32,33 +34,6 @@ if TYPE_CHECKING:
     from parnet_export.stream_graph import TensorSpec
 
     Working = Callable[[str], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """A row before it is measured.
-
-    Parameters
-    ----------
-    description
-        What it measures.
-    bundle
-        The bundle that holds its graph.
-    sizes
-        Sizes of the symbolic dimensions of its inputs.
-    plan
-        How it runs: a name of a plan, or the path of a program.
-    """
-
-    description: RowDescription
-    bundle: Bundle
-    sizes: dict[str, int]
-    plan: str
-
-    @property
-    def form_of_graph(self) -> Literal["whole", "streams"]:
-        """Whether it loads the whole graph or the segments."""
-        return "streams" if self.description.form == "streams" else "whole"
 
 
 def plan_rows(
@@ -103,7 +78,8 @@ def plan_rows(
             own.insert(0, planner.checkpoint_row(request.ckpt, own[0], geometry))
         rows += own
         rows += [planner.baseline_row(name, geometry) for name in baselines]
-    return _with_unique_names(rows), tuple(dict.fromkeys(planner.notes))
+    named = _with_unique_names(rows)
+    return with_engines(named, request, working), tuple(dict.fromkeys(planner.notes))
 
 
 class _Planner:

@@ -10,7 +10,7 @@ from parnet_engines.cuda.boundary import Boundary  # noqa: TC001 - msgspec reads
 from parnet_engines.cuda.devices import names_gpus
 
 if TYPE_CHECKING:
-    from parnet_bench.targets.rows import PlannedRow
+    from parnet_bench.targets.planned_row import PlannedRow
     from parnet_engines.base_session import AnySession
     from parnet_export.bundle import Bundle
 

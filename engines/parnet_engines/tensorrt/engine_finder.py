@@ -44,10 +44,13 @@ def backend_of(bundle: Bundle, wanted: Backend | Literal["auto"]) -> Backend:
         When it is not installed; for ``"auto"``, when none is.
     """
     chosen = choose_backend(wanted)
-    if wanted != "auto" or _has_engines(bundle, chosen):
-        return chosen
-    others = (backend for backend in installed_backends() if _has_engines(bundle, backend))
-    return next(others, chosen)
+    return chosen if wanted != "auto" else built_backend(bundle) or chosen
+
+
+def built_backend(bundle: Bundle) -> Backend | None:
+    """Return the first installed backend that a bundle has engines of; None without any."""
+    found = (backend for backend in installed_backends() if _has_engines(bundle, backend))
+    return next(found, None)
 
 
 def find_engine(bundle: Bundle, name: str, trt: TensorRt, gpu: Gpu, options: EngineOptions) -> Path:

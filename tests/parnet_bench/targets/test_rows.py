@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parnet_bench.targets import graphs
+from parnet_bench.targets import graphs, row_engines
 from parnet_bench.targets.graphs import Reading, catalogue_name
 from parnet_bench.targets.request import Request, with_default_targets
 from parnet_bench.targets.rows import plan_rows
@@ -321,3 +321,64 @@ def test_how_a_checkpoint_is_read_is_part_of_what_is_kept(plan, tiny_catalogue, 
     assert averaged[0].bundle.path != plain[0].bundle.path
     with pytest.raises(InputError, match=r"not the resnet-tiny that --arch asks for"):
         plan(bundle.path, ckpt=ckpt, reading=Reading(arch="resnet-tiny"))
+
+
+# ------------------------------------------------------------------------ TensorRT engines
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Notes what would be built, on a machine where a bundle called forked has engines."""
+    asked = []
+
+    def note(bundle, places, options, *, whole, segments):
+        asked.append((bundle.manifest.provenance.network, options.boundary, whole, segments))
+        assert places == ("places of", "tensorrt-rtx", "0")
+        return iter(())
+
+    def built(bundle):
+        return "tensorrt-rtx" if bundle.manifest.provenance.network == "forked" else None
+
+    monkeypatch.setattr(row_engines, "build_engines", note)
+    monkeypatch.setattr(row_engines, "choose_places", lambda *what: ("places of", *what[:2]))
+    monkeypatch.setattr(row_engines, "built_backend", built)
+    return asked
+
+
+def engines_of(rows):
+    return {row.description.wanted_engine for row in rows}
+
+
+def test_networks_beside_a_bundle_with_engines_get_engines(
+    plan, builds, forked_bundle, tiny_catalogue
+):
+    rows, _, announced = plan(forked_bundle.path, devices="0", baselines=("resnet-tiny",))
+    assert builds == [("resnet-tiny", "linear", True, False)]
+    assert engines_of(rows) == {"tensorrt"}
+    assert announced[-1] == "building TensorRT engines for resnet-tiny whole"
+
+
+def test_each_form_that_is_made_here_gets_its_engines_once(
+    plan, builds, tiny_catalogue, forked_bundle
+):
+    plan("parnet-tiny", forked_bundle.path, devices="0", engine="tensorrt")
+    assert builds == [
+        ("parnet-tiny", "linear", True, False),
+        ("parnet-tiny", "linear", True, False),
+        ("parnet-tiny", "linear", False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "engine"), [("cpu", "auto"), ("0", "torch"), ("0", "onnxruntime")]
+)
+def test_nothing_is_built_for_other_runtimes(plan, builds, forked_bundle, devices, engine):
+    rows, _, _ = plan(forked_bundle.path, devices=devices, engine=engine)
+    assert builds == []
+    assert engines_of(rows) == {engine}
+
+
+def test_without_engines_of_ones_own_the_runtime_stays_open(plan, builds, tiny_catalogue):
+    rows, _, _ = plan("parnet-tiny", devices="0")
+    assert builds == []
+    assert engines_of(rows) == {"auto"}
