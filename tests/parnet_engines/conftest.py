@@ -1,7 +1,8 @@
-"""A small bundle of several segments, made without torch."""
+"""A small bundle of several segments, made without torch; the threads of a test."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,3 +86,31 @@ def make_two_streams() -> Callable[..., Bundle]:
         return bundle
 
     return make
+
+
+class Threads:
+    """The threads that have started since this was made."""
+
+    def __init__(self) -> None:
+        self._before = self._all()
+
+    @staticmethod
+    def _all() -> set[int]:
+        return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+    @property
+    def new(self) -> set[int]:
+        """Those of now. Threads of earlier tests may end meanwhile, so only new ones count."""
+        return self._all() - self._before
+
+    def all_end(self, within_s: float = 5.0) -> bool:
+        """Whether they end: the system lists a thread a moment longer than it can be joined."""
+        deadline_s = time.monotonic() + within_s
+        while self.new and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+        return not self.new
+
+
+@pytest.fixture
+def watch_threads() -> type[Threads]:
+    return Threads

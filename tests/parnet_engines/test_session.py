@@ -127,10 +127,6 @@ def lane_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("parnet-lane")]
 
 
-def threads_of_this_process() -> set[str]:
-    return {entry.name for entry in Path("/proc/self/task").iterdir()}
-
-
 # ------------------------------------------------------------------------ any interleaving
 
 
@@ -623,14 +619,13 @@ def test_many_threads_may_run_one_session(bundle):
             np.testing.assert_allclose(result["logits"], expected[batch], rtol=1e-5, atol=1e-6)
 
 
-def test_a_closed_session_of_a_bundle_leaves_no_thread(bundle):
-    before = threads_of_this_process()
+def test_a_closed_session_of_a_bundle_leaves_no_thread(bundle, watch_threads):
+    threads = watch_threads()
     session = Session.open(bundle, threads=4)
     session.run({"image": photo(1)})
-    # Threads that earlier tests have let go of may end meanwhile, so only new ones count.
-    assert threads_of_this_process() - before
+    assert threads.new
     session.close()
-    assert not threads_of_this_process() - before
+    assert threads.all_end()
 
 
 @pytest.mark.parametrize(

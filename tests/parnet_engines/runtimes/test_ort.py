@@ -56,10 +56,6 @@ def image(rows: int = 2, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, 64)).astype(np.float32)
 
 
-def threads_of_this_process() -> set[int]:
-    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
-
-
 @pytest.mark.parametrize("threads", [None, 1, 3])
 def test_an_engine_returns_its_outputs_by_name(path, threads):
     engine: Engine = OrtEngine(SEGMENT, path, threads=threads)
@@ -94,26 +90,26 @@ def test_many_threads_may_share_an_engine(path):
         np.testing.assert_allclose(y, x @ WEIGHT, rtol=1e-4, atol=1e-5)
 
 
-def test_closing_ends_the_threads_and_running_then_is_an_error(path):
-    before = threads_of_this_process()
+def test_closing_ends_the_threads_and_running_then_is_an_error(path, watch_threads):
+    started = watch_threads()
     engine = OrtEngine(SEGMENT, path, threads=4)
-    assert len(threads_of_this_process() - before) == 3
+    assert len(started.new) == 3
     engine.run({"x": image()})
     engine.close()
     engine.close()
-    assert not threads_of_this_process() - before
+    assert started.all_end()
     with pytest.raises(ValueError, match="'product' is closed"):
         engine.run({"x": image()})
 
 
-def test_threads_are_pinned_to_the_given_cores(path):
+def test_threads_are_pinned_to_the_given_cores(path, watch_threads):
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < 2:
         pytest.skip("needs two processors")
     first, second = usable[:2]
-    before = threads_of_this_process()
+    started = watch_threads()
     engine = OrtEngine(SEGMENT, path, cores=(first, second))
-    (worker,) = threads_of_this_process() - before
+    (worker,) = started.new
     deadline_s = time.monotonic() + 5  # the thread pins itself as it starts
     while os.sched_getaffinity(worker) != {second} and time.monotonic() < deadline_s:
         time.sleep(0.001)
