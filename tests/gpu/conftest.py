@@ -5,15 +5,19 @@ They need torch with CUDA and cuda-bindings. What else a module needs, it skips 
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from parnet_engines.cuda.bindings import BindingsDriver
 from parnet_engines.cuda.driver import CudaError
+from parnet_engines.proof.accuracy import LIMITS
 from parnet_export.errors import MissingBackendError
 from parnet_export.pipeline import export_graph, make_bundle
 from parnet_export.source import load_network
+from parnet_export.verify import relative_error
 
 
 @pytest.fixture(scope="session")
@@ -79,27 +83,29 @@ def memory_taken():
 
 
 @pytest.fixture(scope="session")
-def require_in_place():
-    """Require that a session takes torch tensors where they lie."""
+def run_in_place():
+    """Return what a session writes into a torch tensor in three runs, and what it should."""
 
-    def check(session, image):
+    def run(session, image):
         expected = session.run({"image": image})["logits"]
         source = torch.from_numpy(image).cuda()
         target = torch.empty(expected.shape, device="cuda")
+        written = []
         for _ in range(3):
             target.zero_()
             found = session.run({"image": source}, outputs={"logits": target})
             assert found["logits"] is target
-            np.testing.assert_allclose(target.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+            written.append(target.cpu().numpy())
+        return written, [expected] * 3
 
-    return check
+    return run
 
 
 @pytest.fixture(scope="session")
-def require_order():
-    """Require that a session runs after what a torch stream has, and before what it is given."""
+def run_in_order():
+    """Return what a session writes between two works of a torch stream, and what it should."""
 
-    def check(session, image):
+    def run(session, image):
         expected = session.run({"image": image})["logits"]
         stream = torch.cuda.Stream()
         source = torch.zeros(image.shape, device="cuda")
@@ -114,6 +120,32 @@ def require_order():
             copied = target.clone()
             source.zero_()  # after the inference has read it
         stream.synchronize()
-        np.testing.assert_allclose(copied.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+        return copied.cpu().numpy(), expected
 
-    return check
+    return run
+
+
+@pytest.fixture(scope="session")
+def served_wrongly():
+    """Return which of eight threads that share a session got a wrong answer."""
+
+    def serve_all(whole, shared):
+        generator = np.random.default_rng(2)
+        images = [generator.standard_normal((1, 3, 32, 32)).astype(np.float32) for _ in range(8)]
+        expected = [whole.run({"image": image})["logits"] for image in images]
+        wrong = []
+
+        def serve(number):
+            for _ in range(50):
+                found = shared.run({"image": images[number]})["logits"]
+                if relative_error(found, expected[number]) > LIMITS["fp32"].relative_error:
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=serve, args=(n,)) for n in range(len(images))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return wrong
+
+    return serve_all

@@ -57,18 +57,23 @@ def run(bundle, segment, device, *, channels_last):
     return calls.seen
 
 
-def require_one_device(bundle, *, channels_last):
-    """Run everything on the meta device, which has no numbers that the host could wait for."""
-    for segment in bundle.stream_graph.segments:
-        for name, given, found in run(bundle, segment, "meta", channels_last=channels_last):
-            devices = {tensor.device.type for tensor in (*given, *found)}
-            assert devices == {"meta"}, f"{segment.name}: {name} works on {devices}"
+def calls_elsewhere(bundle, *, channels_last):
+    """Run everything on the meta device, which has no numbers that the host could wait for.
+
+    Returns the calls that work on another one too.
+    """
+    return [
+        f"{segment.name}: {name}"
+        for segment in bundle.stream_graph.segments
+        for name, given, found in run(bundle, segment, "meta", channels_last=channels_last)
+        if {tensor.device.type for tensor in (*given, *found)} != {"meta"}
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_forward_stays_on_its_device_and_never_waits(tmp_path, parnet, precision):
     bundle, _ = make_bundle(*parnet, tmp_path / "b", precision=precision, prove=False)
-    require_one_device(bundle, channels_last=precision == "fp16")
+    assert calls_elsewhere(bundle, channels_last=precision == "fp16") == []
 
 
 @pytest.mark.parametrize("key", NETWORKS)
@@ -77,7 +82,7 @@ def test_other_families_stay_on_their_device(tmp_path, key):
     write_safetensors(path, FAMILIES[key].build(NETWORKS[key], "none", ()).state_dict(), {})
     model, provenance = export_graph(load_network(path), resolution=32, batch=1)
     bundle, _ = make_bundle(model, provenance, tmp_path / "b", precision="fp16", prove=False)
-    require_one_device(bundle, channels_last=True)
+    assert calls_elsewhere(bundle, channels_last=True) == []
 
 
 def test_convolutions_of_half_precision_read_channels_last(tmp_path, parnet):
