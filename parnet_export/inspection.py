@@ -19,7 +19,7 @@ from parnet_export.console import (
     format_shape,
     printable,
 )
-from parnet_export.splitting.antichain import heaviest_antichain
+from parnet_export.splitting.antichain import heaviest_antichain, parallel_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -185,7 +185,7 @@ def inspect(bundle: Bundle) -> Inspection:
         weight_bytes=whole.weight_bytes,
         activation_bytes=whole.activation_bytes,
         stored_bytes=sum(stored.size_bytes for stored in manifest.files.values()),
-        parallel_width=len(heaviest_antichain(graph, dict.fromkeys(work, 1))),
+        parallel_width=parallel_width(graph),
         streams=streams,
         stream_balance=(
             sum(stream.relative_work for stream in streams) / len(streams) if streams else 1.0

@@ -131,8 +131,8 @@ def render(result: EngineComparison) -> Table:
                 known = value is not None
                 cells = (f"{value:.3f}" if known else "", "", "", "" if known else lacking)
                 shown.add_row(console.printable(name), title, *map(console.printable, cells))
-            overlap = f"lanes overlap {path.overlap:.0%} of the time"
             if not path.reason:
+                overlap = f"lanes overlap {path.overlap:.0%} of the time"
                 shown.add_row(console.printable(name), "overlap", "", "", "", overlap)
         shown.add_section()
     return shown

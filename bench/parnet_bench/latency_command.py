@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from parnet_bench.latency_options import (
+    RowEngine,
     check_plan,
     check_times,
     parse_batches,
@@ -124,12 +125,7 @@ def latency(
         int | None,
         typer.Option(min=1, help="Segments that may run at the same time.", metavar="N"),
     ] = None,
-    engine: Annotated[
-        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
-        typer.Option(
-            help="Runtime of every row. auto: onnxruntime; on GPUs the first that can be used."
-        ),
-    ] = "auto",
+    engine: RowEngine = "auto",
     boundary: Annotated[
         Literal["linear", "vector"] | None,
         typer.Option(

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 from parnet_export.errors import InputError
+
+Engine = Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"]
+
+RowEngine = Annotated[
+    Engine,
+    typer.Option(
+        help="Runtime of every row. auto: onnxruntime; on GPUs the first that can be used."
+    ),
+]
+"""The option ``--engine`` of commands that measure rows."""
 
 PLAN_NAMES = ("streams", "auto", "authors", "whole")
 

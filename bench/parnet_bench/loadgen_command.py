@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from parnet_bench.latency_options import RowEngine  # noqa: TC001 - Typer reads it
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -63,12 +65,7 @@ def loadgen(
         Literal["fp32", "fp16"] | None,
         typer.Option(help="Element type of catalogue networks."),
     ] = None,
-    engine: Annotated[
-        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
-        typer.Option(
-            help="Runtime of every row. auto: onnxruntime; on GPUs the first that can be used."
-        ),
-    ] = "auto",
+    engine: RowEngine = "auto",
     target_qps: Annotated[
         float | None,
         typer.Option(min=0.001, help="Queries per second of the server scenario.", metavar="QPS"),

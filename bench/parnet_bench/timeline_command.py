@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from parnet_bench.latency_options import Engine  # noqa: TC001 - Typer reads it
 from parnet_export import console, files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parnet_engines.planning.cost_table import CostTable
     from parnet_engines.schedule.program import Program
     from parnet_export.bundle import Bundle
@@ -32,7 +35,7 @@ def timeline(
         typer.Option(help="streams, whole, auto, authors, or a plan's file.", metavar="PLAN"),
     ] = "streams",
     engine: Annotated[
-        Literal["auto", "onnxruntime", "openvino", "torch", "tensorrt"],
+        Engine,
         typer.Option(help="Runtime of the engines. auto: on GPUs the first that can be used."),
     ] = "auto",
     lanes: Annotated[
@@ -68,6 +71,7 @@ def timeline(
 ) -> None:
     """Record inferences, and say how far lanes overlap and what keeps them from it."""
     from parnet_bench.report.timeline_report import record, render, report_on
+    from parnet_bench.targets.row_devices import gpus_of
     from parnet_engines.session import PLANS, Session
     from parnet_engines.timeline.picture import render_timeline_svg
     from parnet_engines.timeline.trace_file import encode_trace
@@ -100,14 +104,14 @@ def timeline(
     ):
         recording = record(session, inputs, inferences=inferences, warm_ups=warm_up)
     program = session.program.program
-    used = session.engine
+    used, gpus = session.engine, tuple(dict.fromkeys(gpu.name for gpu in gpus_of([devices])))
     report, shown = report_on(
         session,
         recording,
         network=opened.label,
         engine=used,
-        machine=_describe_machine(devices, used),
-        isolated=_isolated_costs(opened, program, devices, used),
+        machine=_describe_machine(gpus, used),
+        isolated=_isolated_costs(opened, program, gpus, used),
     )
     title = f"{opened.label}, {used} on {devices}"
     if svg is not None:
@@ -117,29 +121,26 @@ def timeline(
     console.show(report, render(report), as_json=as_json, output=output)
 
 
-def _describe_machine(devices: str, engine: str) -> str:
-    """Return what latencies on these devices depend on, in one line."""
-    from parnet_bench.targets.row_devices import gpus_of
+def _describe_machine(gpus: Sequence[str], engine: str) -> str:
+    """Return what latencies on GPUs of these names, or on the CPU, depend on, in one line."""
     from parnet_engines.planning.machine import describe_gpu_machine, describe_machine
     from parnet_engines.tensorrt.build_place import describe_driver
 
-    gpus = gpus_of([devices])
     if not gpus:
         return describe_machine(engine)
-    names = ", ".join(dict.fromkeys(gpu.name for gpu in gpus))
     driver = describe_driver()
-    machine = describe_gpu_machine(names, engine)
+    machine = describe_gpu_machine(", ".join(gpus), engine)
     return f"{machine}, driver {driver}" if driver else machine
 
 
 def _isolated_costs(
-    bundle: Bundle, program: Program, devices: str, engine: str
+    bundle: Bundle, program: Program, gpus: Sequence[str], engine: str
 ) -> CostTable | None:
     """Return what was measured of a program's segments alone; None if any is missing."""
     from parnet_engines.planning.cost_table import device_kind, lane_threads
     from parnet_engines.schedule.program import Run
 
-    costs = _measured_costs(bundle, devices, engine)
+    costs = _measured_costs(bundle, gpus, engine)
     for step in program.steps:
         if isinstance(step, Run):
             lane = program.lanes_by_name[step.lane]
@@ -149,14 +150,12 @@ def _isolated_costs(
     return costs
 
 
-def _measured_costs(bundle: Bundle, devices: str, engine: str) -> CostTable:
-    """Return what a runtime was found to take on such devices."""
-    from parnet_bench.targets.row_devices import gpus_of
+def _measured_costs(bundle: Bundle, gpus: Sequence[str], engine: str) -> CostTable:
+    """Return what a runtime was found to take on GPUs of one name, or on the CPU."""
     from parnet_engines.planning.bundle_costs import load_bundle_costs, load_gpu_costs
     from parnet_engines.planning.cost_table import CostTable
     from parnet_engines.planning.machine import describe_gpu_machine
 
-    gpus = {gpu.name for gpu in gpus_of([devices])}
     if len(gpus) == 1:
         (gpu,) = gpus
         return load_gpu_costs(bundle, gpu).of_environment(describe_gpu_machine(gpu, engine))

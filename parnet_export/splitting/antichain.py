@@ -58,6 +58,11 @@ def heaviest_antichain(graph: StreamGraph, weights: Mapping[str, int]) -> tuple[
     )
 
 
+def parallel_width(graph: StreamGraph) -> int:
+    """Return how many segments can run at the same time, at most."""
+    return len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
+
+
 def _flow_network(graph: StreamGraph, weights: Mapping[str, int]) -> _Capacities:
     unlimited = 1 + sum(weights.values())
     capacities: _Capacities = defaultdict(dict)

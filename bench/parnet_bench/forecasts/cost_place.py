@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING
 from parnet_engines.cuda.devices import lanes_on, open_driver, ordinal_of, parse_gpus
 from parnet_engines.cuda.session import CudaSession
 from parnet_engines.planning.bundle_costs import (
-    TYPICAL_GPU,
     estimated_costs,
+    estimated_gpu_costs,
     load_bundle_costs,
     load_gpu_costs,
-    network_of,
 )
 from parnet_engines.planning.cost_measure import measure_costs, measure_whole
-from parnet_engines.planning.cost_table import WHOLE, CostTable, estimate_costs, lane_threads
+from parnet_engines.planning.cost_table import WHOLE, CostTable, lane_threads
 from parnet_engines.planning.devices import divide, parse_devices
 from parnet_engines.planning.lane_sets import default_lanes
 from parnet_engines.planning.machine import describe_gpu_machine, describe_machine
 from parnet_engines.session import Session
 from parnet_export.errors import InputError
-from parnet_export.splitting.antichain import heaviest_antichain
+from parnet_export.splitting.antichain import parallel_width
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from parnet_engines.cuda.driver import CudaDriver, Gpu
     from parnet_engines.planning.cost_table import SegmentCost
     from parnet_engines.schedule.open_program import OpenProgram
     from parnet_engines.schedule.placement import Lane
@@ -112,20 +112,13 @@ def on_gpu(
     if len(names) > 1:
         problem = "names several GPUs, and what a segment takes is measured on one"
         raise InputError(f"devices {devices!r}", problem, "Give the number of one, such as '0'")
-    gpu = open_driver(names).gpus()[ordinal_of(names[0])].name
-    graph = bundle.stream_graph
-    width = len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
-    counts = range(1, width + 1) if lanes is None else [lanes]
+    driver = open_driver(names)
+    gpu = driver.gpus()[ordinal_of(names[0])]
+    counts = range(1, parallel_width(bundle.stream_graph) + 1) if lanes is None else [lanes]
     offered = tuple(lanes_on(names, count) for count in counts)
-    estimates = estimate_costs(
-        graph,
-        TYPICAL_GPU,
-        whole=bundle.manifest.whole_cost,
-        max_busy_lanes=max(counts),
-        network=network_of(bundle),
-    )
-    measure = partial(_measure_on_gpu, bundle, offered, devices, engine)
-    return CostPlace(load_gpu_costs(bundle, gpu), _in_situations(estimates, offered), measure)
+    estimates = _in_situations(estimated_gpu_costs(bundle, max(counts)), offered)
+    measure = partial(_measure_on_gpu, bundle, offered, driver, gpu, engine=engine)
+    return CostPlace(load_gpu_costs(bundle, gpu.name), estimates, measure)
 
 
 def _measure_on_cores(bundle: Bundle, offered: LaneSets) -> list[SegmentCost]:
@@ -133,16 +126,14 @@ def _measure_on_cores(bundle: Bundle, offered: LaneSets) -> list[SegmentCost]:
 
 
 def _measure_on_gpu(
-    bundle: Bundle, offered: LaneSets, device: str, engine: str
+    bundle: Bundle, offered: LaneSets, driver: CudaDriver, gpu: Gpu, *, engine: str
 ) -> list[SegmentCost]:
-    (name,) = parse_gpus(device)
-    driver = open_driver([name])
+    device = str(gpu.ordinal)
     # Which runtime "auto" is shows when it loads the segments; the whole graph has the same.
     with CudaSession.open_on_gpus(bundle, device, lanes=1, engine=engine) as session:
         engine = session.engine
     load = partial(CudaSession.load_on_gpus, bundle, driver=driver, engine=engine)
-    environment = describe_gpu_machine(driver.gpus()[ordinal_of(name)].name, engine)
-    return _measure(bundle, offered, load, environment)
+    return _measure(bundle, offered, load, describe_gpu_machine(gpu.name, engine))
 
 
 def _measure(

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
     from parnet_bench.results.published import Figures, Form, PublishedTable
     from parnet_bench.results.result import Result
-    from parnet_bench.targets.planned_row import PlannedRow
+    from parnet_bench.targets.planned_row import PlannedRow, Working
     from parnet_bench.targets.request import Request
-    from parnet_bench.targets.rows import Working
 
 _NOT_IN_CATALOGUE = "not in the catalogue"
 

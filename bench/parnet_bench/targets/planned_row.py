@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from parnet_bench.results.result import RowDescription
     from parnet_export.bundle import Bundle
+
+    Working = Callable[[str], AbstractContextManager[None]]
+    """Told what takes time while rows are planned: a context manager around it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,12 @@ from parnet_engines.tensorrt.engine_finder import built_backend
 from parnet_engines.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterable, Sequence
 
-    from parnet_bench.targets.planned_row import PlannedRow
+    from parnet_bench.targets.planned_row import PlannedRow, Working
     from parnet_bench.targets.request import Request
     from parnet_engines.tensorrt.build_place import BuildPlace
     from parnet_engines.tensorrt.module import Backend
-
-    Working = Callable[[str], AbstractContextManager[None]]
 
 
 def with_engines(
@@ -57,12 +54,11 @@ def with_engines(
     """
     if not names_gpus(request.devices) or request.engine not in {"auto", "tensorrt"}:
         return tuple(rows)
-    own = [row for row in rows if is_bundle(row.description.target)]
-    found = (built_backend(row.bundle) for row in own)
+    made_here = [row for row in rows if not is_bundle(row.description.target)]
+    found = (built_backend(row.bundle) for row in rows if is_bundle(row.description.target))
     backend: Backend | Literal["auto"] = next((one for one in found if one is not None), "auto")
     if backend == request.engine == "auto":
         return tuple(rows)
-    made_here = [row for row in rows if row not in own]
     if made_here:
         _build(made_here, choose_places(backend, request.devices, None), working)
     return tuple(

@@ -23,17 +23,15 @@ from parnet_export.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
     from parnet_bench.results.result import Form
     from parnet_bench.targets.graph_cache import CachedGraph
+    from parnet_bench.targets.planned_row import Working
     from parnet_export.bundle import Bundle, Precision
     from parnet_export.network import Level
     from parnet_export.stream_graph import TensorSpec
-
-    Working = Callable[[str], AbstractContextManager[None]]
 
 
 def plan_rows(

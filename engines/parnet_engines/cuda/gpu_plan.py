@@ -19,7 +19,7 @@ from parnet_engines.planning.rounds import run_rounds
 from parnet_engines.planning.scenario import Scenario
 from parnet_export.errors import InputError
 from parnet_export.samples import make_samples
-from parnet_export.splitting.antichain import heaviest_antichain
+from parnet_export.splitting.antichain import parallel_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def _place(
 ) -> Placement:
     """Return the placement of a plan on devices, each with the name of its GPU."""
     graph, devices = bundle.stream_graph, tuple(gpus)
-    width = len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
+    width = parallel_width(graph)
     match plan:
         case "whole":
             return place_whole(lanes_on(devices[:1], 1)[0])

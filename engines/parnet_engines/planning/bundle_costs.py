@@ -145,14 +145,25 @@ def gpu_costs_for(bundle: Bundle, gpus: Iterable[str], lanes: int) -> CostTable:
     InputError
         When the file with the bundle's costs is damaged.
     """
-    graph = bundle.stream_graph
     kinds = set(gpus)
     if len(kinds) == 1:
         measured = load_gpu_costs(bundle, *kinds)
-        if measured.widths((segment.name for segment in graph.segments), "cuda"):
+        segments = (segment.name for segment in bundle.stream_graph.segments)
+        if measured.widths(segments, "cuda"):
             return measured
+    return estimated_gpu_costs(bundle, lanes)
+
+
+def estimated_gpu_costs(bundle: Bundle, lanes: int) -> CostTable:
+    """Return estimates by `TYPICAL_GPU` of a bundle's segments and whole graph.
+
+    Parameters
+    ----------
+    bundle, lanes
+        As for `gpu_costs_for`.
+    """
     return estimate_costs(
-        graph,
+        bundle.stream_graph,
         TYPICAL_GPU,
         whole=bundle.manifest.whole_cost,
         max_busy_lanes=lanes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from parnet_engines.planning.devices import divide
 from parnet_engines.schedule.placement import Lane
-from parnet_export.splitting.antichain import heaviest_antichain
+from parnet_export.splitting.antichain import parallel_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,9 +25,8 @@ _UNEVEN_LANES = 4
 
 def default_lanes(graph: StreamGraph, devices: Sequence[Device]) -> int:
     """Return how many lanes can be busy at once: no more than segments or cores allow."""
-    width = len(heaviest_antichain(graph, {segment.name: 1 for segment in graph.segments}))
     cores = sum(len(device.cores) for device in devices)
-    return max(len(devices), min(width, cores))
+    return max(len(devices), min(parallel_width(graph), cores))
 
 
 def lane_sets(devices: Sequence[Device], lanes: int) -> Iterator[tuple[Lane, ...]]:
